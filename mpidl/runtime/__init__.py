@@ -1,0 +1,22 @@
+"""The machine under the job: ranks and nodes, shared memory, threads, launchers, and how a job ends."""
+
+from mpidl.runtime.faults import end_job, on_all_ranks, run_command, warn
+from mpidl.runtime.launcher import launched_rank, launched_size, without_launcher
+from mpidl.runtime.shared import SharedMemoryError, share
+from mpidl.runtime.world import Pending, World, init, is_initialized
+
+__all__ = [
+    "Pending",
+    "SharedMemoryError",
+    "World",
+    "end_job",
+    "init",
+    "is_initialized",
+    "launched_rank",
+    "launched_size",
+    "on_all_ranks",
+    "run_command",
+    "share",
+    "warn",
+    "without_launcher",
+]

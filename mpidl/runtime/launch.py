@@ -1,0 +1,100 @@
+"""Running a function on several ranks from a notebook or a script that was not started by mpirun.
+
+Protocol: the function, its arguments and nothing else are written with cloudpickle into a private temporary directory;
+`mpirun -n N python -m mpidl.runtime.launch DIRECTORY` starts the ranks; each runs the function and writes its result
+beside it; the caller reads the results of all ranks. If a rank fails, the launcher ends all of them (the abort hook),
+and the caller raises with what they printed. The directory belongs to the caller, mode 0700, and is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+
+from mpidl.errors import LaunchError
+from mpidl.runtime.faults import run_command
+from mpidl.runtime.launcher import launched_size, without_launcher
+
+
+class RemoteError(LaunchError):
+    """The function failed on some rank; the message holds what the ranks printed."""
+
+
+def mpirun() -> str:
+    """The mpirun of this environment, else the one on the path.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    own = pathlib.Path(sys.prefix) / "bin" / "mpirun"
+    found = str(own) if own.exists() else shutil.which("mpirun")
+    if not found:
+        raise LaunchError("there is no mpirun; install an MPI with `pip install mpidl[mpich]`, or load the site's")
+    return found
+
+
+def launch_environment() -> dict[str, str]:
+    """The environment for starting mpirun from any process: root and more ranks than cores are fine here."""
+    return {
+        **without_launcher(),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+
+
+def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | None = None) -> list[Any]:
+    """Run `function(*args)` on `n` ranks of this machine and return every rank's result, in rank order.
+
+    Args:
+        function: may be defined in a notebook; inside it, `mpidl.rank()` and the like work.
+        n: the number of ranks.
+        args: given to the function on every rank.
+        timeout: seconds after which all ranks are ended; None: no limit.
+
+    Raises:
+        LaunchError: called on a rank of an MPI job, or no mpirun, or the time is over.
+        RemoteError: a rank failed.
+    """
+    if (launched_size() or 1) > 1:
+        raise LaunchError("mpidl.run starts ranks of its own; it cannot be called under mpirun")
+    with tempfile.TemporaryDirectory(prefix="mpidl-run-") as name:
+        directory = pathlib.Path(name)
+        (directory / "function").write_bytes(cloudpickle.dumps((function, args)))
+        command = [mpirun(), "-n", str(n), sys.executable, "-m", "mpidl.runtime.launch", name]
+        environment = {**launch_environment(), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        try:
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            raise LaunchError(f"{n} ranks did not end within {timeout} s and were ended") from None
+        print(done.stdout, end="")
+        if done.returncode:
+            raise RemoteError(f"a rank failed (exit code {done.returncode}):\n{done.stderr.strip()}")
+        print(done.stderr, end="", file=sys.stderr)
+        return [pickle.loads((directory / f"result-{rank}").read_bytes()) for rank in range(n)]
+
+
+def _run_here(directory: pathlib.Path) -> None:
+    """What each rank does."""
+    from mpidl.runtime.world import init
+
+    world = init()
+    function, args = cloudpickle.loads((directory / "function").read_bytes())
+    result = function(*args)
+    (directory / f"result-{world.rank}").write_bytes(cloudpickle.dumps(result))
+    world.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: _run_here(pathlib.Path(sys.argv[1]))))

@@ -1,0 +1,98 @@
+"""Memory that the ranks of a node share.
+
+Each rank's segment is a file in /dev/shm that is opened, sized with posix_fallocate (so that a full file system is an
+error here and not a SIGBUS later), mapped by every rank of the node, and unlinked at once: nothing is left behind
+whatever ends the job, and the memory of a dead rank stays readable. A rank that is alone on its node uses private
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pathlib
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.errors import MpidlError
+from mpidl.runtime.faults import on_all_ranks
+from mpidl.runtime.world import World
+
+DIRECTORY = pathlib.Path(os.environ.get("MPIDL_SHM_DIR", "/dev/shm"))
+
+
+class SharedMemoryError(MpidlError):
+    """Some node has no room, or no place, for shared memory; raised on every rank."""
+
+
+def share(world: World, num_bytes: int) -> list[NDArray[np.uint8]]:
+    """Give each rank a zeroed segment that all ranks of its node can read and write.
+
+    Collective: every rank must call it; sizes may differ.
+
+    Args:
+        world: the ranks and nodes.
+        num_bytes: size of this rank's own segment; 0 for none.
+
+    Returns:
+        uint8 arrays, one per local rank, aligned to pages; the own one is `[world.local_rank]`.
+
+    Raises:
+        SharedMemoryError: on every rank of the world when any node failed.
+    """
+    if world.local_size == 1:
+        segments, failure = [_private(num_bytes)], ""
+    else:
+        segments, failure = _map_all(world, num_bytes)
+    failures = [text for text in world.allgather_object(failure) if text]
+    if failures:
+        raise on_all_ranks(SharedMemoryError(failures[0]))
+    return segments
+
+
+def _private(num_bytes: int) -> NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1)), np.uint8)[:num_bytes]
+
+
+def _map_all(world: World, num_bytes: int) -> tuple[list[NDArray[np.uint8]], str]:
+    """Create, exchange names, map, unlink; on failure an explanation instead of an exception."""
+    path = DIRECTORY / f"mpidl-{os.getuid()}-{os.getpid()}-{secrets.token_hex(6)}"
+    failure = ""
+    try:
+        _create(path, num_bytes)
+    except OSError as error:
+        failure = f"{num_bytes / 2**20:.0f} MiB in {DIRECTORY} on {world.hostname}: {error.strerror}"
+    names = world.node_allgather_object((str(path), num_bytes, failure))
+    segments: list[NDArray[np.uint8]] = []
+    failure = next((text for _, _, text in names if text), "")
+    try:
+        if not failure:
+            segments = [_open(pathlib.Path(name), size) for name, size, _ in names]
+    except OSError as error:
+        failure = f"mapping a neighbour's segment in {DIRECTORY} on {world.hostname}: {error.strerror}"
+    world.node_barrier()
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return segments, failure
+
+
+def _create(path: pathlib.Path, num_bytes: int) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: pathlib.Path, num_bytes: int) -> NDArray[np.uint8]:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return np.frombuffer(mmap.mmap(descriptor, max(num_bytes, 1)), np.uint8)[:num_bytes]
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""Waiting for MPI without taking a core from a rank that computes.
+
+MPI's own blocking calls spin. That is the fastest way when every rank has a core of its own, and the slowest when
+ranks share cores (`mpirun -n 4` on a two-core laptop): the spinning rank holds the core that the awaited rank needs.
+There, a rank tests its request a few times, gives its core away after each test, and then sleeps briefly.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Protocol
+
+TESTS_BEFORE_SLEEP = 100
+SLEEP_S = 5e-5
+
+
+class Request(Protocol):
+    """The part of an MPI request that waiting needs."""
+
+    def Test(self) -> bool: ...  # noqa: D102, N802
+    def Wait(self) -> bool: ...  # noqa: D102, N802
+
+
+def wait(request: Request, shares_cores: bool) -> None:
+    """Return when the request is complete.
+
+    Args:
+        request: any MPI request of this rank.
+        shares_cores: whether more ranks than cores run on this machine.
+    """
+    if not shares_cores:
+        request.Wait()
+        return
+    for _ in range(TESTS_BEFORE_SLEEP):
+        if request.Test():
+            return
+        os.sched_yield()
+    while not request.Test():
+        time.sleep(SLEEP_S)

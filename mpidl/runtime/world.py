@@ -1,0 +1,365 @@
+"""The world: ranks, nodes, threads, and every communicator. The only place that imports MPI.
+
+Ranks are numbered node by node: `World.comm` is a private duplicate of MPI_COMM_WORLD, reordered so that the ranks of
+one node follow each other (rank 0 stays rank 0). A *node* is the set of ranks that share memory. For tests,
+`MPIDL_EMULATED_NODES=2` (or explicit sizes, `3,1`) splits one machine's ranks into nodes that share nothing.
+
+The main thread makes every call. All waits go through `waiting.wait`, so that a waiting rank gives its core away where
+ranks share cores. Methods named in lower case with arrays move buffers and never pickle; the `_object` ones pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.errors import LaunchError, MpidlError, UserError
+from mpidl.runtime import faults, launcher, threads
+from mpidl.runtime.waiting import wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+AnyArray = NDArray[Any]
+
+
+class Pending:
+    """A collective that was started and must be completed by every rank, even if its content is no longer wanted."""
+
+    def __init__(self, request: Any, shares_cores: bool) -> None:
+        self._request = request
+        self._shares_cores = shares_cores
+
+    def wait(self) -> None:
+        """Return when the collective is complete on this rank."""
+        wait(self._request, self._shares_cores)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+    """Ranks, nodes and communicators of one job; made by `init`."""
+
+    comm: MPI.Intracomm
+    """All ranks, numbered node by node."""
+    node_comm: MPI.Intracomm
+    """This node's ranks."""
+    column_comm: MPI.Intracomm | None
+    """The ranks of this local rank on every node, where every node has one; None otherwise."""
+    node_of: tuple[int, ...]
+    """Node of each rank, ascending."""
+    threads_per_rank: int
+    shares_cores: bool
+    """Whether more ranks than cores run on this machine."""
+    library: str
+    """What the MPI library calls itself, first line."""
+    hostnames: tuple[str, ...]
+    """Host of each rank."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 <= rank < size, numbered node by node."""
+        return int(self.comm.rank)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return int(self.comm.size)
+
+    @property
+    def node(self) -> int:
+        """This rank's node."""
+        return self.node_of[self.rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes."""
+        return self.node_of[-1] + 1
+
+    @property
+    def local_rank(self) -> int:
+        """This rank among the ranks of its node."""
+        return int(self.node_comm.rank)
+
+    @property
+    def local_size(self) -> int:
+        """The number of ranks on this node."""
+        return int(self.node_comm.size)
+
+    @property
+    def hostname(self) -> str:
+        """This rank's host."""
+        return self.hostnames[self.rank]
+
+    @property
+    def node_sizes(self) -> tuple[int, ...]:
+        """Ranks on each node, in node order."""
+        return tuple(self.node_of.count(node) for node in range(self.num_nodes))
+
+    def first_rank_of(self, node: int) -> int:
+        """The lowest rank of a node."""
+        return self.node_of.index(node)
+
+    # --- collectives over all ranks -------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        wait(self.comm.Ibarrier(), self.shares_cores)
+
+    def broadcast(self, array: AnyArray, root: int = 0) -> None:
+        """Overwrite `array` with the root's, in place. Collective; same shape and dtype everywhere."""
+        self.start_broadcast(array, root).wait()
+
+    def start_broadcast(self, array: AnyArray, root: int = 0) -> Pending:
+        """Begin `broadcast`; the array belongs to MPI until the result's `wait` returns. Collective."""
+        return Pending(self.comm.Ibcast(array, root=root), self.shares_cores)
+
+    def allreduce(self, array: AnyArray, operation: str = "sum") -> AnyArray:
+        """The elementwise "sum", "min" or "max" over all ranks, as a new array. Collective."""
+        from mpi4py import MPI
+
+        result = np.empty_like(array)
+        operations = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
+        if operation not in operations:
+            raise ValueError(f"allreduce operation {operation!r} is not one of {', '.join(operations)}")
+        wait(self.comm.Iallreduce(np.ascontiguousarray(array), result, operations[operation]), self.shares_cores)
+        return result
+
+    def allgather(self, array: AnyArray) -> AnyArray:
+        """Every rank's array, (size, *array.shape). Collective; same shape and dtype everywhere."""
+        array = np.ascontiguousarray(array)
+        result = np.empty((self.size, *array.shape), array.dtype)
+        wait(self.comm.Iallgather(array, result), self.shares_cores)
+        return result
+
+    def allgather_varying(self, array: AnyArray, counts: Sequence[int]) -> AnyArray:
+        """Every rank's one-dimensional array of counts[rank] elements, one behind the other. Collective."""
+        result = np.empty(sum(counts), array.dtype)
+        wait(self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)]), self.shares_cores)
+        return result
+
+    def gather(self, array: AnyArray) -> AnyArray | None:
+        """Every rank's array, (size, *array.shape), on rank 0; None elsewhere. Collective."""
+        array = np.ascontiguousarray(array)
+        result = np.empty((self.size, *array.shape), array.dtype) if self.rank == 0 else None
+        wait(self.comm.Igather(array, result, root=0), self.shares_cores)
+        return result
+
+    def alltoall_varying(
+        self,
+        send: AnyArray,
+        send_counts: Sequence[int],
+        send_offsets: Sequence[int],
+        receive: AnyArray,
+        receive_counts: Sequence[int],
+        receive_offsets: Sequence[int],
+    ) -> None:
+        """Send `send[offset : offset + count]` to each rank, receive likewise (MPI_Ialltoallv). Collective.
+
+        Counts and offsets are in elements, one per rank. `send` and `receive` may be the same array as long as what is
+        sent and what is received do not overlap.
+        """
+        request = self.comm.Ialltoallv(
+            [send, (list(send_counts), list(send_offsets))], [receive, (list(receive_counts), list(receive_offsets))]
+        )
+        wait(request, self.shares_cores)
+
+    def column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> None:
+        """Add `send` over the ranks of this column and keep this node's block (MPI_Ireduce_scatter).
+
+        Collective over the column: the ranks of the same local rank on every node.
+
+        Args:
+            send: (sum(counts),); one block per node, in node order.
+            receive: (counts[node],); overwritten.
+            counts: elements for each node.
+        """
+        assert self.column_comm is not None, "this rank is in no column"
+        wait(self.column_comm.Ireduce_scatter(send, receive, list(counts)), self.shares_cores)
+
+    # --- collectives over this node's ranks -----------------------------------------------------------------------
+
+    def node_barrier(self) -> None:
+        """Wait for the ranks of this node. Collective over the node."""
+        wait(self.node_comm.Ibarrier(), self.shares_cores)
+
+    def node_allgather_object(self, value: Any) -> list[Any]:
+        """Every local rank's object (pickled). Collective over the node."""
+        return list(self.node_comm.allgather(value))
+
+    # --- objects, for set-up and for users ------------------------------------------------------------------------
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's object on every rank (pickled). Collective."""
+        return self.comm.bcast(value, root=root)
+
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Every rank's object on rank 0 (pickled); None elsewhere. Collective."""
+        gathered: list[Any] | None = self.comm.gather(value, root=0)
+        return gathered
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        """Every rank's object (pickled). Collective."""
+        return list(self.comm.allgather(value))
+
+    @contextlib.contextmanager
+    def agreed(self, stage: str) -> Iterator[None]:
+        """Make one rank's `UserError` inside the block an error of every rank. Collective at the block's end.
+
+        Every rank must run the block, and the block must not hold collectives behind which a rank could be left
+        waiting. The error of the lowest rank is raised everywhere; `faults.run_command` prints it once.
+
+        Args:
+            stage: what the block does, for the message when only some ranks failed.
+        """
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        failures = self.allgather_object(None if failure is None else (type(failure), str(failure)))
+        failed = [rank for rank, entry in enumerate(failures) if entry is not None]
+        if not failed:
+            return
+        kind, message = failures[failed[0]]
+        if len(failed) < self.size:
+            message = f"{message} (rank {failed[0]} on {self.hostnames[failed[0]]}, {stage})"
+        error = failure if failure is not None and len(failed) == self.size else kind(message)
+        raise faults.on_all_ranks(error)
+
+    def check_equal(self, what: str, digest: str, error: type[MpidlError] = LaunchError) -> None:
+        """Raise on all ranks unless every rank passed the same digest. Collective."""
+        digests = self.allgather_object(digest)
+        different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if different:
+            raise faults.on_all_ranks(
+                error(
+                    f"{what} of rank {different[0]} ({self.hostnames[different[0]]}) differs from rank 0's "
+                    f"({self.hostnames[0]}); every rank must run the same job with the same code and settings"
+                )
+            )
+
+    def abort(self, code: int = 1) -> None:
+        """End every rank of the job at once. Not collective, does not return."""
+        self.comm.Abort(code)
+
+    def without_shared_memory(self) -> World:
+        """The same ranks, each on a node of its own, so that nothing is shared. Collective."""
+        from mpi4py import MPI
+
+        return dataclasses.replace(
+            self, node_comm=MPI.COMM_SELF, column_comm=self.comm, node_of=tuple(range(self.size))
+        )
+
+
+_world: World | None = None
+
+
+def is_initialized() -> bool:
+    """Whether `init` has been called in this process."""
+    return _world is not None
+
+
+def init(threads_per_rank: int | None = None) -> World:
+    """Start MPI, find the nodes, settle threads and instruction set; the same `World` on every later call.
+
+    Collective over MPI_COMM_WORLD at the first call.
+
+    Args:
+        threads_per_rank: torch threads; default: OMP_NUM_THREADS, else the cores that this rank really has, the
+            lowest over all ranks.
+
+    Raises:
+        LaunchError: the launcher's number of processes is not MPI's (the wrong mpirun), or a rank's MPI cannot load.
+    """
+    global _world
+    if _world is None:
+        _world = _start(threads_per_rank)
+    elif threads_per_rank is not None and threads_per_rank != _world.threads_per_rank:
+        _world = dataclasses.replace(_world, threads_per_rank=threads_per_rank)
+    threads.set_threads(_world.threads_per_rank)
+    return _world
+
+
+def _start(threads_per_rank: int | None) -> World:
+    MPI = _import_mpi()
+    library = " ".join(MPI.Get_library_version().splitlines()[0].strip("\x00").split())
+    message = launcher.mismatch(launcher.launched_size(), MPI.COMM_WORLD.size, library)
+    if message:
+        raise LaunchError(message)
+    machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    comm, node_comm, node_of = _split_nodes(MPI, machine)
+    cores = machine.allgather(threads.own_cores())
+    own_threads = threads_per_rank or threads.default_threads(cores[machine.rank], cores)
+    shares_cores = machine.size > len({core for other in cores for core in other})
+    facts = comm.allgather((own_threads, threads.instruction_set(), platform.node()))
+    warning = threads.limit_instruction_set(facts[comm.rank][1], min(fact[1] for fact in facts))
+    world = World(
+        comm=comm,
+        node_comm=node_comm,
+        column_comm=_column(MPI, comm, node_comm, node_of),
+        node_of=node_of,
+        threads_per_rank=min(fact[0] for fact in facts),
+        shares_cores=shares_cores,
+        library=library,
+        hostnames=tuple(fact[2] for fact in facts),
+    )
+    faults.install(world.rank, world.size, world.abort, key=comm.bcast(os.urandom(8).hex(), root=0))
+    if warning:
+        faults.warn(warning)
+    machine.Free()
+    return world
+
+
+def _import_mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"MPI cannot be loaded: {error}; install one with `pip install mpidl[mpich]`, or load the site's MPI "
+            "module; see `mpidl doctor`"
+        ) from error
+    return MPI
+
+
+def _split_nodes(MPI: Any, machine: Any) -> tuple[Any, Any, tuple[int, ...]]:
+    """Communicators of all ranks, node by node, and of this node, and each rank's node."""
+    emulated = _emulated_node(os.environ.get("MPIDL_EMULATED_NODES", ""), machine.rank, machine.size)
+    node_comm = machine.Split(emulated, machine.rank)
+    first = node_comm.bcast(MPI.COMM_WORLD.rank, root=0)
+    comm = MPI.COMM_WORLD.Split(0, first * MPI.COMM_WORLD.size + node_comm.rank)
+    firsts = comm.allgather(first)
+    nodes = sorted(set(firsts))
+    return comm, node_comm, tuple(nodes.index(entry) for entry in firsts)
+
+
+def _column(MPI: Any, comm: Any, node_comm: Any, node_of: tuple[int, ...]) -> Any:
+    """A communicator of one rank per node, for the local ranks that every node has."""
+    smallest = min(node_of.count(node) for node in set(node_of))
+    in_column = node_comm.rank < smallest
+    column = comm.Split(node_comm.rank if in_column else MPI.UNDEFINED, comm.rank)
+    return column if in_column else None
+
+
+def _emulated_node(setting: str, rank: int, size: int) -> int:
+    """The emulated node of a machine's rank: "" none, "2" that many nodes, "3,1" nodes of those sizes."""
+    if not setting:
+        return 0
+    try:
+        numbers = [int(part) for part in setting.split(",")]
+    except ValueError:
+        numbers = [0]
+    if len(numbers) == 1 and 0 < numbers[0] <= size:
+        return rank * numbers[0] // size
+    if sum(numbers) != size or min(numbers) < 1:
+        raise LaunchError(
+            f"MPIDL_EMULATED_NODES={setting} does not fit {size} ranks; give a number of nodes of at most {size}, or "
+            f"sizes that add up to {size}"
+        )
+    return next(node for node in range(len(numbers)) if rank < sum(numbers[: node + 1]))
