@@ -1,0 +1,8 @@
+"""The parameter manager: one flat vector, summed in a fixed tree, updated in shards, kept once per node."""
+
+from mpidl.parameters.assignment import Assignment
+from mpidl.parameters.layout import FlatLayout, shards
+from mpidl.parameters.manager import PHASES, ParameterManager
+from mpidl.parameters.reduction import REDUCTIONS
+
+__all__ = ["PHASES", "REDUCTIONS", "Assignment", "FlatLayout", "ParameterManager", "shards"]

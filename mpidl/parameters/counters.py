@@ -1,0 +1,65 @@
+"""What each partition reports with its gradient: loss, weight, samples, flags.
+
+One slot per partition, float64. The counters ride with the gradients, so after the exchange every rank knows every
+partition's values: the exact global loss, the divisor, and which partition's loss is not finite, without a message
+of their own. Sums over partitions are made locally, in partition order, in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.runtime import World, share
+from mpidl.parameters.assignment import Assignment
+
+FIELDS = ("loss_sum", "weight", "samples", "flags")
+LOSS_SUM, WEIGHT, SAMPLES, FLAGS = range(len(FIELDS))
+
+
+class Counters:
+    """The counters of at most `max_partitions` partitions. Construction is collective.
+
+    Each rank writes the slots of its own partitions in its segment of node-shared memory between two exchanges;
+    `table` is this rank's private copy of all partitions, complete after an exchange.
+    """
+
+    def __init__(self, world: World, max_partitions: int) -> None:
+        shape = (max_partitions, len(FIELDS))
+        segments = share(world, 8 * shape[0] * shape[1])
+        self._segments = [segment.view(np.float64).reshape(shape) for segment in segments]
+        self._own = self._segments[world.local_rank]
+        self.table: NDArray[np.float64] = np.zeros(shape)
+        """float64, (max_partitions, 4): loss_sum, weight, samples, flags of every partition."""
+
+    def write(self, partition: int, loss_sum: float, weight: float, samples: int, flags: int = 0) -> None:
+        """Set this rank's values of one partition."""
+        self._own[partition] = (loss_sum, weight, samples, flags)
+
+    def read_node(self, world: World, assignment: Assignment) -> None:
+        """Copy the counters of this node's partitions into `table`; after the node barrier."""
+        first = world.first_rank_of(world.node)
+        for local_rank, segment in enumerate(self._segments):
+            start, stop = assignment.range_of(first + local_rank)
+            self.table[start:stop] = segment[start:stop]
+
+    def words(self, start: int, stop: int) -> int:
+        """Float32 words that partitions [start, stop) take in a message."""
+        return 2 * len(FIELDS) * (stop - start)
+
+    def pack(self, start: int, stop: int) -> NDArray[np.float32]:
+        """The bytes of partitions [start, stop), as float32 words."""
+        return self.table[start:stop].reshape(-1).view(np.float32)
+
+    def unpack(self, words: NDArray[np.float32], start: int, stop: int) -> int:
+        """Take partitions [start, stop) from the front of a message; returns the words taken."""
+        count = self.words(start, stop)
+        self.table[start:stop].reshape(-1).view(np.float32)[:] = words[:count]
+        return count
+
+    def allgather(self, world: World, assignment: Assignment) -> None:
+        """Complete `table` by a collective of its own."""
+        start, stop = assignment.range_of(world.rank)
+        counts = [len(FIELDS) * (assignment.starts[r + 1] - assignment.starts[r]) for r in range(world.size)]
+        gathered = world.allgather_varying(self._own[start:stop].reshape(-1), counts)
+        self.table[: assignment.num_partitions] = gathered.reshape(-1, len(FIELDS))
