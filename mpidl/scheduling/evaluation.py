@@ -1,0 +1,78 @@
+"""Distributed, exact evaluation: every sample counts once, and the bits do not depend on the ranks.
+
+The samples are cut into fixed chunks; each rank runs a contiguous range of chunks; the chunks' sums are gathered on
+all ranks and added in chunk order, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpidl.data import Loader, Source, partition_seed, seed_everything
+from mpidl.errors import UserError
+from mpidl.parameters import Assignment
+from mpidl.runtime import World
+from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
+
+Metric = Callable[[Any, Any], Any]
+
+
+def evaluate(
+    world: World,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    source: Source,
+    *,
+    batch_size: int,
+    metrics: Mapping[str, Metric],
+    seed: int,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """The mean loss and metrics of a data set. Collective; the same result on all ranks.
+
+    Args:
+        world: all ranks.
+        model: put into evaluation mode for the time being.
+        loss_fn: as in training.
+        source: the data set.
+        batch_size: samples of a chunk, on one rank.
+        metrics: name -> function of (outputs, targets) that returns the SUM over the samples of the batch.
+        seed: of the run.
+        num_workers: loader processes on each rank.
+
+    Returns:
+        "loss", every metric by its name, each a mean over samples (the loss over its weights), and "samples".
+    """
+    num_chunks = -(-len(source) // batch_size)
+    chunks = Assignment.even(num_chunks, world.size)
+    first, last = chunks.range_of(world.rank)
+    sums = np.zeros((last - first, 3 + len(metrics)))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), Loader(source, seed=seed, num_workers=num_workers, shuffle=False) as loader:
+            for chunk in range(first, last):
+                loader.request(0, chunk * batch_size, min(len(source), (chunk + 1) * batch_size))
+            for chunk in range(first, last):
+                samples = min(len(source), (chunk + 1) * batch_size) - chunk * batch_size
+                inputs, targets = split_batch(loader.next())
+                seed_everything(partition_seed(seed, 0, chunk))
+                outputs = call_model(model, inputs)
+                total, weight = loss_sum(loss_fn, outputs, targets, samples)
+                values = [float(metric(outputs, targets)) for metric in metrics.values()]
+                sums[chunk - first] = [float(total), weight, samples, *values]
+    finally:
+        model.train(was_training)
+    width = sums.shape[1]
+    counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
+    gathered = world.allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
+    total_loss, weight, samples, *values = (float(value) for value in gathered.sum(axis=0))
+    if weight == 0:
+        raise UserError("the data set's weights add up to zero; there is no mean loss")
+    means = {name: value / samples for name, value in zip(metrics, values, strict=True)}
+    return {"loss": total_loss / weight, **means, "samples": samples}

@@ -1,0 +1,122 @@
+"""The executor: what every rank does with a plan.
+
+For each iteration of the group, this rank runs its own partitions, one after the other, and then all ranks
+synchronise (`ParameterManager.synchronize`). No other message passes inside a group. A partition's numbers depend on
+the partition alone: its samples, its random stream (seed, iteration, partition), the iteration's weights and buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from mpidl.data import Loader, partition_seed, seed_everything
+from mpidl.errors import NonFiniteLossError
+from mpidl.parameters import PHASES, Assignment, ParameterManager
+from mpidl.runtime import on_all_ranks
+from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
+from mpidl.scheduling.partitions import assignment_for, num_partitions, partition_span
+from mpidl.scheduling.plan import GroupPlan
+
+REPORT_FIELDS = ("load", "compute", *PHASES)
+"""Seconds that each rank reports for a group; `load` is time spent waiting for data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupResult:
+    """What every rank knows when a group has ended."""
+
+    loss: float
+    """Mean over the group's samples, exact."""
+    samples: int
+    seconds: float
+    seconds_of: NDArray[np.float64]
+    """float64, (len(REPORT_FIELDS),): this rank's seconds by phase."""
+
+
+class Executor:
+    """Runs plans on this rank.
+
+    Args:
+        manager: the parameters of `model`.
+        model: what is trained.
+        loss_fn: from (outputs, targets) to the mean loss, or (sum, weight).
+        loader: of the training set; this rank's requests only.
+        batch_size: samples of a full batch.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        manager: ParameterManager,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        loader: Loader,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._manager = manager
+        self._model = model
+        self._loss_fn = loss_fn
+        self._loader = loader
+        self._batch_size = batch_size
+        self._seed = seed
+        self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
+
+    def assignment(self, plan: GroupPlan, index: int) -> Assignment:
+        """Who computes what in the plan's iteration `index`."""
+        start, stop = plan.spans[index]
+        partitions = num_partitions(stop - start, self._batch_size, plan.assignment.num_partitions)
+        return assignment_for(plan.assignment, partitions)
+
+    def request(self, plan: GroupPlan) -> None:
+        """Ask the loader for all samples of this rank in a group, so that reading runs ahead of computing."""
+        for index, span in enumerate(plan.spans):
+            assignment = self.assignment(plan, index)
+            for partition in range(*assignment.range_of(self._manager.world.rank)):
+                self._loader.request(plan.epoch, *partition_span(span, assignment.num_partitions, partition))
+
+    def iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
+        """Run one iteration of a group whose samples were requested. Collective.
+
+        Returns:
+            float64, (partitions, 4): loss_sum, weight, samples, flags of every partition.
+
+        Raises:
+            NonFiniteLossError: on every rank at the same iteration; the weights are those before it.
+        """
+        assignment = self.assignment(plan, index)
+        iteration = plan.first_iteration + index
+        for partition in range(*assignment.range_of(self._manager.world.rank)):
+            self._compute(assignment, plan.spans[index], iteration, partition)
+        for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
+            group["lr"] = rate
+        try:
+            return self._manager.synchronize(assignment)
+        except NonFiniteLossError as error:
+            raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
+
+    def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:
+        start, stop = partition_span(span, assignment.num_partitions, partition)
+        begin = time.perf_counter()
+        inputs, targets = split_batch(self._loader.next())
+        loaded = time.perf_counter()
+        self._manager.begin_partition(assignment, partition)
+        seed_everything(partition_seed(self._seed, iteration, partition))
+        total, weight = loss_sum(self._loss_fn, call_model(self._model, inputs), targets, stop - start)
+        total.backward()  # type: ignore[no-untyped-call]
+        self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start)
+        self._seconds["load"] += loaded - begin
+        self._seconds["compute"] += time.perf_counter() - loaded
+
+    def take_seconds(self) -> NDArray[np.float64]:
+        """This rank's seconds since the last call, in the order of REPORT_FIELDS."""
+        self._seconds.update(self._manager.take_times())
+        taken = np.array([self._seconds[field] for field in REPORT_FIELDS])
+        self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
+        return taken

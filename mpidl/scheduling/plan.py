@@ -1,0 +1,125 @@
+"""The message that rank 0 sends for a group of iterations.
+
+Layout, little-endian, in a buffer whose size is fixed for the whole run:
+
+    magic "MPDL", version u16, actions u16, length u32, crc32 u32, index u64, epoch u64, first_iteration u64,
+    num_partitions u32, num_ranks u32, num_iterations u32, num_groups u32,
+    starts u32[num_ranks + 1], spans u64[num_iterations, 2], learning_rates f64[num_iterations, num_groups]
+
+`length` counts all bytes of the message and `crc32` covers everything behind itself. Nothing is pickled. A receiver
+checks magic, version, length, checksum and every count before it reads an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.errors import PlanError
+from mpidl.parameters import Assignment
+
+MAGIC = b"MPDL"
+VERSION = 1
+_HEADER = struct.Struct("<4sHHII")
+_COUNTS = struct.Struct("<QQQIIII")
+
+
+class Action(enum.IntFlag):
+    """What all ranks do together when a group has ended."""
+
+    NONE = 0
+    END_EPOCH = 1
+    VALIDATE = 2
+    CHECKPOINT = 4
+    END = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Everything that the ranks need to run a group of iterations by themselves."""
+
+    index: int
+    """Number of the group in this run, from 0."""
+    epoch: int
+    """From 0; a group never spans two epochs."""
+    first_iteration: int
+    """Number of the group's first iteration in the whole training, from 0."""
+    assignment: Assignment
+    """Which rank computes which partitions of a full batch."""
+    spans: tuple[tuple[int, int], ...]
+    """Per iteration: positions [start, stop) in the epoch's order of samples."""
+    learning_rates: tuple[tuple[float, ...], ...]
+    """Per iteration and param group."""
+    actions: Action = Action.NONE
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations in the group."""
+        return len(self.spans)
+
+    def encode(self) -> bytes:
+        """The message, at most `capacity` bytes."""
+        groups = len(self.learning_rates[0]) if self.learning_rates else 0
+        body = _COUNTS.pack(
+            self.index,
+            self.epoch,
+            self.first_iteration,
+            self.assignment.num_partitions,
+            len(self.assignment.starts) - 1,
+            len(self.spans),
+            groups,
+        )
+        body += np.array(self.assignment.starts, "<u4").tobytes()
+        body += np.array(self.spans, "<u8").tobytes() + np.array(self.learning_rates, "<f8").tobytes()
+        return _HEADER.pack(MAGIC, VERSION, self.actions, _HEADER.size + len(body), zlib.crc32(body)) + body
+
+    @classmethod
+    def decode(cls, message: bytes) -> GroupPlan:
+        """Read a message, which may be followed by anything.
+
+        Raises:
+            PlanError: not a plan of this version, cut short, or damaged.
+        """
+        if len(message) < _HEADER.size + _COUNTS.size:
+            raise PlanError(f"a plan of {len(message)} bytes is shorter than its header")
+        magic, version, actions, length, checksum = _HEADER.unpack_from(message)
+        if magic != MAGIC:
+            raise PlanError(f"a plan begins with {MAGIC!r}, not {magic!r}")
+        if version != VERSION:
+            raise PlanError(f"a plan of version {version}, this code reads version {VERSION}: ranks run different code")
+        body = message[_HEADER.size : length]
+        if len(body) != length - _HEADER.size or zlib.crc32(body) != checksum:
+            raise PlanError("a plan arrived damaged (its checksum does not fit)")
+        index, epoch, first, partitions, ranks, iterations, groups = _COUNTS.unpack_from(body)
+        sizes = (4 * (ranks + 1), 16 * iterations, 8 * iterations * groups)
+        if len(body) != _COUNTS.size + sum(sizes):
+            raise PlanError(f"a plan of {iterations} iterations and {ranks} ranks cannot have {length} bytes")
+        offset = _COUNTS.size
+        starts = np.frombuffer(body, "<u4", ranks + 1, offset)
+        spans = np.frombuffer(body, "<u8", 2 * iterations, offset + sizes[0]).reshape(-1, 2)
+        rates = np.frombuffer(body, "<f8", iterations * groups, offset + sizes[0] + sizes[1])
+        return cls(
+            index=index,
+            epoch=epoch,
+            first_iteration=first,
+            assignment=Assignment(partitions, tuple(int(start) for start in starts)),
+            spans=tuple((int(a), int(b)) for a, b in spans),
+            learning_rates=tuple(tuple(float(rate) for rate in row) for row in rates.reshape(iterations, groups)),
+            actions=Action(actions),
+        )
+
+
+def capacity(max_group_size: int, world_size: int, num_groups: int) -> int:
+    """Bytes that the largest plan of a run takes."""
+    return _HEADER.size + _COUNTS.size + 4 * (world_size + 1) + max_group_size * (16 + 8 * num_groups)
+
+
+def to_buffer(plan: GroupPlan, buffer: NDArray[np.uint8]) -> None:
+    """Write a plan into the front of a buffer of `capacity` bytes."""
+    message = np.frombuffer(plan.encode(), np.uint8)
+    buffer[: message.size] = message
