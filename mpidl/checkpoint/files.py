@@ -1,0 +1,91 @@
+"""Files that appear whole or not at all, and the names inside a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from mpidl.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+_NAME = re.compile(r"epoch-(\d{6})")
+
+
+def checkpoint_path(run_dir: pathlib.Path, epoch: int) -> pathlib.Path:
+    """Where the checkpoint after `epoch` epochs stands."""
+    return run_dir / CHECKPOINTS / f"epoch-{epoch:06d}"
+
+
+def list_checkpoints(run_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """(epoch, path) of the whole checkpoints of a run directory, oldest first."""
+    found = []
+    for path in (run_dir / CHECKPOINTS).glob("epoch-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Have a file's content, or a directory's entries, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Write a JSON file and have it on disk."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    sync(path)
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is not one that this version reads.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != 1:
+        raise CheckpointError(f"{path / MANIFEST} is not of format 1, the one that this version reads")
+    return manifest
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
+    """Make a finished directory appear under its name at once, in place of an older one of that name."""
+    for file in temporary.iterdir():
+        sync(file)
+    sync(temporary)
+    if final.exists():
+        old = final.with_name(f".old-{final.name}")
+        remove(old)
+        final.rename(old)
+        temporary.rename(final)
+        remove(old)
+    else:
+        temporary.rename(final)
+    sync(final.parent)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Remove a directory that may not be there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)

@@ -1,0 +1,284 @@
+"""Checkpoints: each rank writes its own shard of weights and optimizer state; nothing is gathered on one rank.
+
+A checkpoint is a directory `checkpoints/epoch-000003` of
+
+- `shard-00000-of-00004.safetensors`, one per rank that holds elements: "weights" and one vector per kind of
+  element-wise optimizer state, float32, in the model's order without alignment gaps, so any number of ranks can read
+  the elements that it needs;
+- `rest.safetensors`: what is not trained (buffers, frozen parameters), by its state-dict name;
+- `manifest.json`: names and shapes, which elements are in which file with checksums, the optimizer's scalars and
+  options, and the training's position. It is written last.
+
+Phases of `save` (collective): 1. rank 0 makes a temporary directory; 2. every rank writes its file; 3. checksums and
+scalars are gathered; 4. rank 0 writes the rest and the manifest and renames the directory. After each phase the ranks
+agree; a rank that failed (a full disk) stops all with its message, and the previous checkpoint is untouched. If a rank
+dies, the temporary directory stays behind and is removed by the next save.
+
+Nothing is pickled: loading a stranger's checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from mpidl._version import __version__
+from mpidl.checkpoint.files import MANIFEST, digest, publish, read_manifest, remove, write_json
+from mpidl.errors import CheckpointError
+from mpidl.parameters import FlatLayout, ParameterManager
+from mpidl.parameters.state import group_options, merge_scalars
+
+Float32Array = NDArray[np.float32]
+REST = "rest.safetensors"
+
+
+def save(manager: ParameterManager, path: pathlib.Path, progress: Mapping[str, Any]) -> int:
+    """Write a checkpoint. Collective.
+
+    Args:
+        manager: whose weights and optimizer state.
+        path: the checkpoint's directory; its parent is made.
+        progress: the training's position, as JSON values.
+
+    Returns:
+        Bytes of all files, on every rank.
+
+    Raises:
+        CheckpointError: on every rank: a file could not be written, or weights are not finite.
+    """
+    world = manager.world
+    temporary = path.with_name(f".new-{path.name}")
+    with world.agreed("preparing a checkpoint"):
+        if world.rank == 0:
+            _attempt(lambda: _make_empty(temporary), temporary)
+    with world.agreed("writing a checkpoint"):
+        entry = _attempt(lambda: _write_shard(manager, temporary), temporary)
+    entries = world.allgather_object((entry, manager.shard_optimizer.scalars()))
+    with world.agreed("finishing a checkpoint"):
+        if world.rank == 0:
+            files = [shard for shard, _ in entries if shard]
+            scalars = merge_scalars([own for _, own in entries])
+            _attempt(lambda: _finish(manager, temporary, path, files, scalars, progress), temporary)
+    sizes = [file.stat().st_size for file in path.iterdir()] if world.rank == 0 else []
+    return int(world.broadcast_object(sum(sizes)))
+
+
+def _attempt(action: Any, path: pathlib.Path) -> Any:
+    try:
+        return action()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; the previous one is kept") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; the previous one is kept") from None
+
+
+def _make_empty(path: pathlib.Path) -> None:
+    remove(path)
+    path.mkdir(parents=True)
+
+
+def without_gaps(layout: FlatLayout, vector: Float32Array, piece: tuple[int, int]) -> Float32Array:
+    """The elements of `piece`, alignment gaps left out; `vector` begins at the piece's start."""
+    parts = [vector[start - piece[0] : stop - piece[0]] for _, start, stop in layout.tensors_in(piece)]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str, Any]:
+    """Write this rank's file; an empty entry when it holds nothing."""
+    layout, shard, rank = manager.layout, manager.shard, manager.world.rank
+    start, stop = layout.unpadded(shard)
+    if start == stop:
+        return {}
+    weights = without_gaps(layout, manager.weights[shard[0] : shard[1]], shard)
+    if not np.isfinite(weights).all():
+        raise CheckpointError("the weights are not finite any more; the previous checkpoint is kept")
+    arrays = {"weights": weights}
+    for key, vector in manager.shard_optimizer.arrays().items():
+        arrays[f"state.{key}"] = without_gaps(layout, vector, shard)
+    path = directory / f"shard-{rank:05d}-of-{manager.world.size:05d}.safetensors"
+    save_arrays(arrays, path)
+    return {"file": path.name, "start": start, "stop": stop, "sha256": digest(path)}
+
+
+def _finish(
+    manager: ParameterManager,
+    temporary: pathlib.Path,
+    path: pathlib.Path,
+    files: list[dict[str, Any]],
+    scalars: list[dict[str, Any]],
+    progress: Mapping[str, Any],
+) -> None:
+    trained = {slot.name for slot in manager.layout.slots}
+    state = manager.model.state_dict(keep_vars=True)
+    owner = {id(parameter): name for name, parameter in manager.model.named_parameters()}
+    aliases = {name: owner[id(t)] for name, t in state.items() if owner.get(id(t), name) != name}
+    rest = {name: t.detach().clone() for name, t in state.items() if name not in trained and name not in aliases}
+    save_tensors(rest, temporary / REST)
+    write_json(
+        temporary / MANIFEST,
+        {
+            "format": 1,
+            "mpidl": __version__,
+            "torch": torch.__version__,
+            "layout": manager.layout.digest(),
+            "tensors": [[slot.name, list(slot.shape)] for slot in manager.layout.slots],
+            "aliases": aliases,
+            "shards": files,
+            "rest": {"file": REST, "sha256": digest(temporary / REST)},
+            "optimizer": {
+                "class": type(manager.optimizer).__name__,
+                "state": scalars,
+                "options": [_plain(options) for options in group_options(manager.optimizer)],
+            },
+            "progress": dict(progress),
+        },
+    )
+    publish(temporary, path)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that JSON can hold: what the optimizer is built with again decides the others."""
+    return {k: v for k, v in options.items() if v is None or isinstance(v, bool | int | float | str | tuple | list)}
+
+
+def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
+    """Take weights, buffers and optimizer state from a checkpoint, written on any number of ranks. Collective.
+
+    Returns:
+        The training's position, as it was given to `save`.
+
+    Raises:
+        CheckpointError: on every rank: damaged, or of another model or optimizer.
+    """
+    world = manager.world
+    with world.agreed(f"loading {path}"):
+        manifest = read_manifest(path)
+        _check_fits(manager, path, manifest)
+        if world.rank == 0:
+            for entry in [*manifest["shards"], manifest["rest"]]:
+                _check_digest(path, entry)
+    with world.agreed(f"loading {path}"):
+        vectors = _read_shard(manager, path, manifest)
+        _load_rest(manager.model, path / REST)
+    world.node_barrier()
+    start, stop = manager.shard
+    manager.weights[start:stop] = vectors.pop("weights")
+    manager.shard_optimizer.load(vectors, manifest["optimizer"]["state"])
+    for group, options in zip(manager.param_groups, manifest["optimizer"]["options"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    manager.publish()
+    progress: dict[str, Any] = manifest["progress"]
+    return progress
+
+
+def _check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    if manifest["layout"] != manager.layout.digest():
+        given = [(name, tuple(shape)) for name, shape in manifest["tensors"]]
+        own = [(slot.name, slot.shape) for slot in manager.layout.slots]
+        raise CheckpointError(f"{path} is of another model: {_first_difference(given, own)}")
+    kind = type(manager.optimizer).__name__
+    if manifest["optimizer"]["class"] != kind or len(manifest["optimizer"]["options"]) != len(manager.param_groups):
+        raise CheckpointError(
+            f"{path} is of {manifest['optimizer']['class']} with {len(manifest['optimizer']['options'])} param "
+            f"groups, this run has {kind} with {len(manager.param_groups)}"
+        )
+
+
+def _first_difference(given: list[Any], own: list[Any]) -> str:
+    for a, b in zip(given, own, strict=False):
+        if a != b:
+            return f"it has {a[0]} {a[1]} where this model has {b[0]} {b[1]}"
+    return f"it has {len(given)} trained tensors, this model {len(own)}"
+
+
+def _check_digest(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    file = path / pathlib.PurePath(entry["file"]).name
+    try:
+        found = digest(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    if found != entry["sha256"]:
+        raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's")
+
+
+def _read_shard(
+    manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]
+) -> dict[str, Float32Array]:
+    """This rank's part of every vector, float32, (shard size,), alignment gaps filled with zeros."""
+    layout, shard = manager.layout, manager.shard
+    keys = {"weights", *(f"state.{k}" for entry in manifest["optimizer"]["state"] for k in entry.get("arrays", []))}
+    wanted = layout.unpadded(shard)
+    compact = {key: np.zeros(wanted[1] - wanted[0], np.float32) for key in keys}
+    for key, start, values in _overlaps(path, manifest, wanted):
+        compact[key][start - wanted[0] : start - wanted[0] + values.size] = values
+    vectors = {}
+    for key, values in compact.items():
+        vector, offset = np.zeros(shard[1] - shard[0], np.float32), 0
+        for _, start, stop in layout.tensors_in(shard):
+            vector[start - shard[0] : stop - shard[0]] = values[offset : offset + stop - start]
+            offset += stop - start
+        vectors[key.removeprefix("state.")] = vector
+    return vectors
+
+
+def _overlaps(
+    path: pathlib.Path, manifest: Mapping[str, Any], wanted: tuple[int, int]
+) -> Iterator[tuple[str, int, Float32Array]]:
+    """(vector, first element, values) of every run of wanted elements, file by file."""
+    for entry in manifest["shards"]:
+        start, stop = max(entry["start"], wanted[0]), min(entry["stop"], wanted[1])
+        if start >= stop:
+            continue
+        file = path / pathlib.PurePath(entry["file"]).name
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for key in opened.keys():  # noqa: SIM118  (not a dict)
+                    yield key, start, opened.get_slice(key)[start - entry["start"] : stop - entry["start"]]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _load_rest(model: torch.nn.Module, path: pathlib.Path) -> None:
+    """Copy buffers and frozen parameters into the model."""
+    own = model.state_dict()
+    for name, value in _load_tensors(path).items():
+        if name not in own or own[name].shape != value.shape:
+            raise CheckpointError(f"{path} holds {name} {tuple(value.shape)}, which this model does not have")
+        own[name].copy_(value)
+
+
+def _load_tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_tensors(path))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_weights(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint directory, without a model; no MPI."""
+    manifest = read_manifest(path)
+    total = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in manifest["tensors"])
+    weights = np.zeros(total, np.float32)
+    for entry in [*manifest["shards"], manifest["rest"]]:
+        _check_digest(path, entry)
+    for key, start, values in _overlaps(path, manifest, (0, total)):
+        if key == "weights":
+            weights[start : start + values.size] = values
+    state, offset = {}, 0
+    for name, shape in manifest["tensors"]:
+        size = int(np.prod(shape, dtype=np.int64))
+        state[name] = torch.from_numpy(weights[offset : offset + size].copy()).view(shape)
+        offset += size
+    state.update(_load_tensors(path / REST))
+    state.update({alias: state[name] for alias, name in manifest["aliases"].items()})
+    return state

@@ -1,0 +1,66 @@
+"""Plain weights: one safetensors file with the state dict's names, which torch loads without mpidl."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mpidl.checkpoint.files import list_checkpoints, sync
+from mpidl.checkpoint.sharded import read_weights
+from mpidl.errors import CheckpointError
+
+WEIGHTS = "weights.safetensors"
+
+
+def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
+    """Write a state dict; the file appears whole. Tied tensors are written under each of their names.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    temporary = path.with_name(f".new-{path.name}")
+    try:
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+
+
+def load_weights(path: str | pathlib.Path, epoch: int | None = None) -> dict[str, torch.Tensor]:
+    """The state dict found at a path: a run directory, a checkpoint directory or a safetensors file. No MPI.
+
+    Args:
+        path: of a run directory, its `weights.safetensors` is read, or its newest checkpoint where that is missing.
+        epoch: of a run directory, the checkpoint after this epoch (from 1).
+
+    Raises:
+        CheckpointError: there is nothing to read, or it is damaged.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return _read(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
+    if epoch is None and (path / WEIGHTS).is_file():
+        return _read(path / WEIGHTS)
+    if epoch is None and (path / "manifest.json").is_file():
+        return read_weights(path)
+    found = dict(list_checkpoints(path))
+    if not found or (epoch is not None and epoch not in found):
+        there = ", ".join(str(number) for number in found) or "none"
+        wanted = "a checkpoint" if epoch is None else f"the checkpoint of epoch {epoch}"
+        raise CheckpointError(f"{path} does not hold {wanted}; checkpoints there: {there}")
+    return read_weights(found[max(found) if epoch is None else epoch])
+
+
+def _read(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
