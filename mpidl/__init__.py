@@ -1,0 +1,66 @@
+"""mpidl: data-parallel deep-learning training over MPI.
+
+Importing this package starts neither MPI nor torch; each public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpidl._version import __version__
+
+if TYPE_CHECKING:
+    from mpidl.api import allreduce, barrier, broadcast_object, local_rank, rank, size
+    from mpidl.checkpoint import load_weights as load
+    from mpidl.data.sampler import RankBatchSampler
+    from mpidl.parameters import ParameterManager
+    from mpidl.runtime import World, init
+    from mpidl.runtime.launch import run
+    from mpidl.trainer import Trainer
+
+_HOMES = {
+    "ParameterManager": ("mpidl.parameters", "ParameterManager"),
+    "RankBatchSampler": ("mpidl.data.sampler", "RankBatchSampler"),
+    "Trainer": ("mpidl.trainer", "Trainer"),
+    "World": ("mpidl.runtime", "World"),
+    "allreduce": ("mpidl.api", "allreduce"),
+    "barrier": ("mpidl.api", "barrier"),
+    "broadcast_object": ("mpidl.api", "broadcast_object"),
+    "init": ("mpidl.runtime", "init"),
+    "load": ("mpidl.checkpoint", "load_weights"),
+    "local_rank": ("mpidl.api", "local_rank"),
+    "rank": ("mpidl.api", "rank"),
+    "run": ("mpidl.runtime.launch", "run"),
+    "size": ("mpidl.api", "size"),
+}
+
+__all__ = [
+    "ParameterManager",
+    "RankBatchSampler",
+    "Trainer",
+    "World",
+    "__version__",
+    "allreduce",
+    "barrier",
+    "broadcast_object",
+    "init",
+    "load",
+    "local_rank",
+    "rank",
+    "run",
+    "size",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpidl' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,54 @@
+"""What a run derived from its settings and its machine, for the first screen and the first line of the metrics."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpidl._version import __version__
+from mpidl.parameters import ParameterManager
+from mpidl.scheduling import Triggers
+
+
+def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the "start" event.
+
+    Args:
+        facts: the manager, the triggers and the settings of the run; see `Trainer`.
+    """
+    manager: ParameterManager = facts["manager"]
+    triggers: Triggers = facts["triggers"]
+    world, assignment = manager.world, manager.assignment
+    return {
+        "ranks": world.size,
+        "nodes": world.num_nodes,
+        "hosts": list(dict.fromkeys(world.hostnames)),
+        "threads_per_rank": world.threads_per_rank,
+        "partitions": assignment.num_partitions,
+        "partition_ranges": [list(assignment.range_of(rank)) for rank in range(world.size)],
+        "batch_size": facts["batch_size"],
+        "group_size": facts["group_size"],
+        "parameters": manager.layout.num_elements,
+        "shard_size": manager.shard[1] - manager.shard[0],
+        "memory_per_rank_bytes": manager.memory_bytes(),
+        "train_samples": facts["train_samples"],
+        "validation_samples": facts["validation_samples"],
+        "epochs": triggers.epochs,
+        "iterations_per_epoch": triggers.iterations_per_epoch,
+        "total_iterations": triggers.total_iterations,
+        "first_iteration": facts["first_iteration"],
+        "bits": "partitions" if facts["reduction"] == "ordered" else "none",
+        "reduction": facts["reduction"],
+        "seed": facts["seed"],
+        "library": world.library,
+        "run_dir": facts["run_dir"],
+        "versions": {
+            "mpidl": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
