@@ -46,7 +46,7 @@ def inlined(function: Function) -> Function:
     return compiled
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic  # type: ignore[untyped-decorator]
 def float32_pointer(typing_context: Any, address: Any) -> Any:
     """Turn an address (int64) into a pointer to float32, for `numba.carray`."""
     signature = types.CPointer(types.float32)(types.int64)

@@ -2,7 +2,9 @@
 
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.layout import FlatLayout, shards
-from mpidl.parameters.manager import PHASES, ParameterManager
+from mpidl.parameters.manager import ParameterManager
 from mpidl.parameters.reduction import REDUCTIONS
+from mpidl.parameters.timing import PHASES
+from mpidl.parameters.update import OptimizerFactory
 
-__all__ = ["PHASES", "REDUCTIONS", "Assignment", "FlatLayout", "ParameterManager", "shards"]
+__all__ = ["PHASES", "REDUCTIONS", "Assignment", "FlatLayout", "OptimizerFactory", "ParameterManager", "shards"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpidl.runtime import World, share
 from mpidl.parameters.assignment import Assignment
+from mpidl.runtime import World, share
 
 FIELDS = ("loss_sum", "weight", "samples", "flags")
 LOSS_SUM, WEIGHT, SAMPLES, FLAGS = range(len(FIELDS))

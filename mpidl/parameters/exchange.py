@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.runtime import World, share
 from mpidl.parameters.assignment import RowPlan
 from mpidl.parameters.layout import Piece, shards
+from mpidl.runtime import World, share
 
 Float32Array = NDArray[np.float32]
 

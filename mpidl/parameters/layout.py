@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -83,7 +84,12 @@ def shards(size: int, world_size: int, block_size: int) -> list[Piece]:
     """
     num_blocks = -(-size // block_size)
     cuts = [min(size, block_size * (-(-num_blocks * rank // world_size))) for rank in range(world_size + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))
+
+
+def block_pieces(pieces: Sequence[Piece], block_size: int) -> list[Piece]:
+    """Each shard's [first, last) block numbers."""
+    return [(start // block_size, -(-stop // block_size)) if start < stop else (0, 0) for start, stop in pieces]
 
 
 def merge_pieces(pieces: Iterable[Piece]) -> list[Piece]:

@@ -1,28 +1,13 @@
-"""The parameter manager: gradients of all partitions in, updated weights on every rank.
+"""The parameter manager: what a user holds. The exchange behind it is in `synchronizer.py`.
 
-One iteration, in phases (the same words stand in `synchronize`):
-
-1. *compute*: each rank runs its partitions; autograd adds into `.grad`, which is a view of the rank's row.
-2. *local sum*: after a node barrier every row of the node is complete; ranks merge the rows of their node.
-3. *reduce_scatter*: merged rows go to the shards' owners (`reduction.py`), with the partitions' counters.
-4. *update*: the owner divides the sum by the samples that ran and lets its optimizer update its shard, in place, in
-   the node's one copy of the weights. Nobody reads weights between the two barriers.
-5. *allgather*: shards go to the other nodes' copies; a node barrier ends the iteration.
-
-With one node phases 3 and 5 send nothing: two node barriers are all the synchronisation there is.
-
-Every rank's parameters are views of the node's copy. Persistent buffers are each rank's own (`buffers.py`). A loss
-that is not finite is seen by every rank in phase 3, from the counters, before anything is updated: all raise.
-
-If a rank stops, the others of its node wait in a barrier, those of other nodes in the exchange, until the launcher or
-the abort hook ends them.
+The model's parameters become views of the node's one copy of the weights, their gradients views of this rank's row in
+node-shared memory. Persistent buffers stay each rank's own (`buffers.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,22 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mpidl import kernels
-from mpidl.errors import LayoutError, NonFiniteLossError
-from mpidl.runtime import SharedMemoryError, World, init, on_all_ranks, share, warn
-from mpidl.parameters import counters as counter_fields
-from mpidl.parameters import tree
-from mpidl.parameters.assignment import Assignment, row_plan
+from mpidl.errors import LayoutError
+from mpidl.parameters import counters as fields
+from mpidl.parameters import tree, weights
+from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.buffers import ModelBuffers
-from mpidl.parameters.counters import Counters
-from mpidl.parameters.exchange import Exchange
 from mpidl.parameters.layout import FlatLayout
-from mpidl.parameters.model import check_model, check_state_names, describe_model, group_parameters, trainable_parameters
-from mpidl.parameters.reduction import REDUCTIONS
+from mpidl.parameters.model import (
+    check_model,
+    check_state_names,
+    describe_model,
+    group_parameters,
+    trainable_parameters,
+)
+from mpidl.parameters.reduction import REDUCTIONS, Reduction
+from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
+from mpidl.parameters.synchronizer import Synchronizer
 from mpidl.parameters.update import OptimizerFactory, ShardOptimizer
-
-PHASES = ("wait", "local_sum", "reduce_scatter", "update", "allgather")
+from mpidl.runtime import SharedMemoryError, World, init, warn
 
 
 class ParameterManager:
@@ -92,25 +80,20 @@ class ParameterManager:
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
-        self._reduce = REDUCTIONS[reduction]
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._allocate()
-        self._share_weights()
+        self._sync = self._allocate(REDUCTIONS[reduction])
+        self._place_model()
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
-                optimizer, self._groups, self.layout, self._gradients.result, self._gradient, self._gradients.shard
+                optimizer, self._groups, self.layout, self.weights, self._sync.gradient, self.shard
             )
         self._accumulating = False
-        self.times: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        """Seconds spent in each phase since the last `take_times`."""
 
-    # --- set-up -------------------------------------------------------------------------------------------------
-
-    def _allocate(self) -> None:
+    def _allocate(self, reduction: Reduction) -> Synchronizer:
         try:
-            self._allocate_in(self.world)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction)
         except SharedMemoryError as error:
             copies = 4 * self.layout.size * (self.world.local_size - 1)
             warn(
@@ -119,77 +102,16 @@ class ParameterManager:
                 "/dev/shm (in containers: --shm-size)"
             )
             self.world = self.world.without_shared_memory()
-            self._allocate_in(self.world)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction)
 
-    def _allocate_in(self, world: World) -> None:
-        slots = self.assignment.num_slots(world.rank)
-        self._gradients = Exchange(world, self.layout.size, slots)
-        self._changes = Exchange(world, self._buffers.layout.size, slots)
-        self._counters = Counters(world, self.assignment.num_partitions)
-        start, stop = self._gradients.shard
-        self._gradient = np.zeros(stop - start, np.float32)
-        self._square_pieces = [
-            (a // kernels.BLOCK_SIZE, -(-b // kernels.BLOCK_SIZE)) if a < b else (0, 0) for a, b in self._gradients.shards
-        ]
-        num_blocks = -(-self.layout.size // kernels.BLOCK_SIZE)
-        self._squares = share(world, 8 * num_blocks if world.local_rank == 0 else 0)[0].view(np.float64)
-
-    def _share_weights(self) -> None:
-        """Put rank 0's weights into every node's copy and make all parameters views of it; broadcast the rest."""
-        weights = self._gradients.result
-        if self.world.rank == 0:
-            self._copy_into(weights)
-        self._to_all_nodes(weights)
-        for (_, parameter), slot in zip(self._parameters, self.layout.slots, strict=True):
-            parameter.data = torch.from_numpy(weights[slot.offset : slot.stop]).view(slot.shape)
-        trained = {id(parameter) for _, parameter in self._parameters}
-        frozen = [p.data for p in self.model.parameters() if id(p) not in trained]
-        for tensor in [*frozen, *self.model.buffers()]:
-            _broadcast_tensor(self.world, tensor)
+    def _place_model(self) -> None:
+        """Let the model live in the node's weights, and autograd in this rank's rows."""
+        weights.place(self.world, self.model, self._parameters, self.layout, self.weights)
         self._buffers.take_base()
-        self._views = [
-            [torch.from_numpy(row[slot.offset : slot.stop]).view(slot.shape) for slot in self.layout.slots]
-            for row in self._gradients.rows
-        ]
-        self._open_row(0)
+        self._rows = GradientRows(self._parameters, self.layout, self._sync.gradients.rows)
+        self._rows.open(0)
 
-    def _copy_into(self, weights: NDArray[np.float32]) -> None:
-        for (_, parameter), slot in zip(self._parameters, self.layout.slots, strict=True):
-            weights[slot.offset : slot.stop] = parameter.detach().reshape(-1).numpy()
-
-    def _to_all_nodes(self, weights: NDArray[np.float32]) -> None:
-        """Bring rank 0's node's weights to every node. Every rank takes part; only the first of a node writes."""
-        receives = self.world.local_rank == 0
-        scratch = weights if receives else np.empty(0, np.float32)
-        counts = [0] * self.world.size
-        for node in range(1, self.world.num_nodes):
-            counts[self.world.first_rank_of(node)] = weights.size
-        nothing = [0] * self.world.size
-        sends = counts if self.world.rank == 0 else nothing
-        expects = [weights.size if receives and self.world.node > 0 else 0, *nothing[1:]]
-        source = weights if self.world.rank == 0 else np.empty(0, np.float32)
-        self.world.alltoall_varying(source, sends, nothing, scratch, expects, nothing)
-        self.world.node_barrier()
-
-    # --- one iteration --------------------------------------------------------------------------------------------
-
-    def _open_row(self, slot: int) -> None:
-        """Zero a row and let autograd add into it."""
-        self._gradients.rows[slot].fill(0)
-        for (_, parameter), view in zip(self._parameters, self._views[slot], strict=True):
-            parameter.grad = view
-        self._slot = slot
-
-    def _close_row(self) -> None:
-        """Bring gradients that are not in the row (zeroed with set_to_none, or replaced) into it."""
-        for (name, parameter), view in zip(self._parameters, self._views[self._slot], strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                view.zero_()
-            elif gradient.layout != torch.strided:
-                raise LayoutError(f"the gradient of {name} is sparse; use sparse=False in the embedding")
-            elif gradient.data_ptr() != view.data_ptr():
-                view.copy_(gradient)
+    # --- partitions -----------------------------------------------------------------------------------------------
 
     def begin_partition(self, assignment: Assignment, partition: int) -> None:
         """Make ready for one partition's forward and backward: a zeroed row, the iteration's own buffers.
@@ -197,30 +119,28 @@ class ParameterManager:
         A rank runs its partitions in ascending order.
         """
         start, _ = assignment.range_of(self.world.rank)
-        self._open_row(len(tree.cover(assignment.num_partitions, start, partition)))
+        self._rows.open(len(tree.cover(assignment.num_partitions, start, partition)))
         self._buffers.reset()
 
     def end_partition(
         self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
     ) -> None:
         """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows."""
-        start, _ = assignment.range_of(self.world.rank)
-        self._close_row()
-        self._buffers.write_changes(self._changes.rows[self._slot], weight)
-        self._counters.write(partition, loss_sum, weight, samples)
-        for merge in range(tree.merges(assignment.num_partitions, start, partition)):
-            into = self._slot - merge - 1
-            for exchange in (self._gradients, self._changes):
-                addresses = exchange.addresses(
-                    ((self.world.local_rank, into), (self.world.local_rank, into + 1)), 0
+        self._close_row(weight)
+        self._sync.counters.write(partition, loss_sum, weight, samples)
+        self._sync.merge_own_rows(assignment, partition, self._rows.slot)
+
+    def _close_row(self, weight: float) -> None:
+        self._rows.close()
+        self._buffers.write_changes(self._sync.changes.rows[self._rows.slot], weight)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise LayoutError(
+                    f"parameter {name} was frozen when the ParameterManager was made; make a new one to train it"
                 )
-                kernels.add_rows(addresses, np.array([[0, 1]], dtype=np.int64), exchange.size)
 
     def synchronize(self, assignment: Assignment) -> NDArray[np.float64]:
-        """Phases 2 to 5 of an iteration. Collective.
-
-        Args:
-            assignment: the same on all ranks; this rank has ended all of its partitions.
+        """Sum, update and share the weights, once every rank has ended its partitions. Collective.
 
         Returns:
             float64, (num_partitions, 4): loss_sum, weight, samples, flags of every partition.
@@ -228,44 +148,7 @@ class ParameterManager:
         Raises:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
         """
-        world, clock = self.world, _Clock(self.times)
-        world.node_barrier()
-        clock.lap("wait")
-        self._counters.read_node(world, assignment)
-        plan = row_plan(assignment, world.node_of, world.rank)
-        rows = self._reduce(self._gradients, assignment, plan, self._counters)
-        clock.lap("reduce_scatter", rows.local_sum_s)
-        table = self._counters.table[: assignment.num_partitions].copy()
-        _check_finite(table)
-        weight = float(table[:, counter_fields.WEIGHT].sum())
-        if weight > 0:
-            self._sum_and_update(rows, weight, clock)
-            self._exchange_buffers(assignment, weight, plan, clock)
-        world.node_barrier()
-        if weight > 0 and self._buffers.advance(self._changes.result):
-            world.node_barrier()
-            self._changes = Exchange(world, self._buffers.layout.size, self._gradients.num_slots)
-        clock.lap("allgather")
-        return table
-
-    def _sum_and_update(self, rows: Any, weight: float, clock: _Clock) -> None:
-        first, last = self._square_pieces[self.world.rank]
-        kernels.sum_rows(rows.addresses, rows.additions, weight, self._gradient, self._squares[first:last])
-        clock.lap("local_sum")
-        self._update.step()
-        clock.lap("update")
-        self._gradients.distribute(self._gradients.result, self._gradients.shards)
-        self._gradients.distribute(self._squares, self._square_pieces)
-
-    def _exchange_buffers(self, assignment: Assignment, weight: float, plan: Any, clock: _Clock) -> None:
-        changes = self._changes
-        if changes.size == 0:
-            return
-        rows = self._reduce(changes, assignment, plan, None)
-        start, stop = changes.shard
-        squares = np.empty(-(-(stop - start) // kernels.BLOCK_SIZE))
-        kernels.sum_rows(rows.addresses, rows.additions, weight, changes.result[start:stop], squares)
-        changes.distribute(changes.result, changes.shards)
+        return self._sync.synchronize(assignment, self._update)
 
     # --- a loop of your own ---------------------------------------------------------------------------------------
 
@@ -287,22 +170,13 @@ class ParameterManager:
         if num_samples is not None and num_samples < 0:
             raise LayoutError(f"num_samples is {num_samples}; it must not be negative")
         weight = 1.0 if num_samples is None else float(num_samples)
-        self._close_row()
+        self._close_row(weight)
         if num_samples is not None:
-            self._gradients.rows[0] *= np.float32(weight)
-        self._buffers.write_changes(self._changes.rows[0], weight)
-        self._counters.write(self.world.rank, 0.0, weight, int(weight), flags=int(num_samples is None))
+            self._rows.scale(weight)
+        self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags=int(num_samples is None))
         table = self.synchronize(self.assignment)
-        self._open_row(0)
-        given = table[:, counter_fields.FLAGS]
-        if given.min() != given.max():
-            raise on_all_ranks(
-                LayoutError(
-                    f"rank {int(given.argmax())} called step() without num_samples, rank {int(given.argmin())} with "
-                    "it; all ranks must do alike"
-                )
-            )
-        return float(table[:, counter_fields.WEIGHT].sum())
+        self._rows.open(0)
+        return float(table[:, fields.WEIGHT].sum())
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -318,7 +192,7 @@ class ParameterManager:
 
     def zero_grad(self) -> None:
         """Forget the gradients added since the last `step`. `model.zero_grad()` does the same. Not collective."""
-        self._open_row(0)
+        self._rows.open(0)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -333,19 +207,19 @@ class ParameterManager:
     @property
     def grad_norm(self) -> float:
         """The L2 norm of the mean gradient of the last update, over all parameters. Not collective."""
-        return math.sqrt(float(self._squares.sum()))
+        return math.sqrt(float(self._sync.squares.sum()))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> NDArray[np.float32]:
         """The node's copy of the weights, float32, (layout.size,)."""
-        return self._gradients.result
+        return self._sync.gradients.result
 
     @property
     def shard(self) -> tuple[int, int]:
         """This rank's [start, stop) of the flat vector."""
-        return self._gradients.shard
+        return self._sync.gradients.shard
 
     @property
     def shard_optimizer(self) -> ShardOptimizer:
@@ -355,7 +229,7 @@ class ParameterManager:
     def publish(self) -> None:
         """Bring every rank's own shard of the weights to all nodes, after it was written there. Collective."""
         self.world.node_barrier()
-        self._gradients.distribute(self._gradients.result, self._gradients.shards)
+        self._sync.gradients.distribute(self.weights, self._sync.gradients.shards)
         self.world.node_barrier()
         self._buffers.take_base()
 
@@ -371,67 +245,35 @@ class ParameterManager:
         self.world.node_barrier()
         if self.world.rank == 0:
             self.model.load_state_dict(state_dict)
-        self._share_weights()
+        self._place_model()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in torch's own format, on rank 0; {} on the others. Collective."""
-        return full_state(self.world, self._update, self._groups, self.layout, self._gradients.shards)
+        return full_state(self.world, self._update, self._groups, self.layout, self._sync.gradients.shards)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take rank 0's `state_dict`, on any number of ranks; the others may pass anything. Collective."""
         load_full_state(
-            self.world, self._update, self._groups, self.layout, self._gradients.shards, state
+            self.world, self._update, self._groups, self.layout, self._sync.gradients.shards, state
         )
 
     def take_times(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        taken, fresh = dict(self.times), dict.fromkeys(PHASES, 0.0)
-        self.times.update(fresh)
-        return taken
+        """Seconds by phase since the last call."""
+        return self._sync.times.take()
 
     def memory_bytes(self) -> dict[str, int]:
         """What this rank's part of the work takes, by what it is for."""
-        state = 4 * (self._gradients.shard[1] - self._gradients.shard[0])
         return {
-            "weights (one copy a node)": self._gradients.result.nbytes,
-            "gradient rows": sum(row.nbytes for row in self._gradients.rows),
-            "summed gradient shard": self._gradient.nbytes,
-            "optimizer state, per element-wise tensor": state,
+            "weights (one copy a node)": self.weights.nbytes,
+            "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),
+            "summed gradient shard": self._sync.gradient.nbytes,
+            "optimizer state, per element-wise tensor": self._sync.gradient.nbytes,
         }
 
     def close(self) -> None:
         """Give every rank's model private copies of weights back, and let the shared memory go. Collective."""
         self.world.node_barrier()
-        for _, parameter in self._parameters:
-            parameter.data = parameter.data.clone()
-            parameter.grad = None
+        weights.take_back(self._parameters)
+        self._rows.release()
         self.world.node_barrier()
-
-
-def _broadcast_tensor(world: World, tensor: torch.Tensor) -> None:
-    """Overwrite a tensor of any dtype with rank 0's. Collective."""
-    values = tensor.detach().reshape(-1).clone()
-    world.broadcast(values.view(torch.uint8).numpy())
-    tensor.copy_(values.view(tensor.shape))
-
-
-class _Clock:
-    """Adds the time since the last lap to a phase."""
-
-    def __init__(self, times: dict[str, float]) -> None:
-        self._times = times
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str, of_it_local_sum: float = 0.0) -> None:
-        now = time.perf_counter()
-        self._times[phase] += now - self._last - of_it_local_sum
-        self._times["local_sum"] += of_it_local_sum
-        self._last = now
-
-
-def _check_finite(table: NDArray[np.float64]) -> None:
-    bad = np.flatnonzero(~np.isfinite(table[:, counter_fields.LOSS_SUM]))
-    if bad.size:
-        raise on_all_ranks(
-            NonFiniteLossError(f"the loss of partition {bad[0]} is {table[bad[0], counter_fields.LOSS_SUM]}")
-        )
+        del self._sync, self._rows, self._update

@@ -21,6 +21,7 @@ to the weights yet.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Protocol
 
@@ -35,18 +36,18 @@ from mpidl.parameters.exchange import Exchange
 Float32Array = NDArray[np.float32]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What an owner adds up: addresses of float32 rows over its shard, and the additions that leave the sum in row 0."""
+    """What an owner adds up over its shard."""
 
-    def __init__(
-        self, addresses: NDArray[np.int64], additions: NDArray[np.int64], keeps_alive: Float32Array | None, local_sum_s: float
-    ) -> None:
-        self.addresses = addresses
-        self.additions = additions
-        self.keeps_alive = keeps_alive
-        """The received rows that some addresses point into."""
-        self.local_sum_s = local_sum_s
-        """Seconds spent in phase 1."""
+    addresses: NDArray[np.int64]
+    """Of float32 rows, at the shard's first element."""
+    additions: NDArray[np.int64]
+    """(k, 2) additions among them that leave the sum in row 0."""
+    received: Float32Array | None
+    """Keeps the memory alive that some addresses point into."""
+    local_sum_s: float
+    """Seconds spent in phase 1."""
 
 
 class Reduction(Protocol):

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from mpidl.errors import LayoutError
-from mpidl.runtime import World
 from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.model import Group
 from mpidl.parameters.update import ShardOptimizer
+from mpidl.runtime import World
 
 Float32Array = NDArray[np.float32]
 
@@ -143,7 +143,7 @@ def _flatten(
         for index, name in zip(group["params"], names, strict=True):
             slot, found = slots[name], state["state"].get(index, {})
             # A zero-dimensional parameter's moments are zero-dimensional too: only "step" and its like are scalars.
-            tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor) and _is_elementwise(k, v, slot.shape)}
+            tensors = {k: v for k, v in found.items() if _is_elementwise(k, v, slot.shape)}
             for key, value in tensors.items():
                 vector = vectors.setdefault(key, np.zeros(layout.size, np.float32))
                 vector[slot.offset : slot.stop] = value.detach().reshape(-1).float().numpy()
@@ -162,5 +162,5 @@ SCALAR_STATE = ("step", "mu_product", "eta", "mu")
 """State of torch.optim's element-wise optimizers that is one number per parameter."""
 
 
-def _is_elementwise(key: str, value: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return key not in SCALAR_STATE and tuple(value.shape) == shape
+def _is_elementwise(key: str, value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and key not in SCALAR_STATE and tuple(value.shape) == shape

@@ -1,0 +1,351 @@
+"""One training: its course from the first plan to the final weights.
+
+For each group: every rank has its plan; the broadcast of the next one is started; the group's iterations run without
+any other message; a gather brings the ranks' times to the coordinator; what is due (validation, checkpoint, the end) is
+done by all ranks together. The next plan is received after the group's first iteration, so that the loader reads ahead
+over the group's edge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from mpidl import checkpoint
+from mpidl.data import Loader, Source
+from mpidl.errors import CheckpointError, ConfigError, NonFiniteLossError
+from mpidl.parameters import OptimizerFactory, ParameterManager
+from mpidl.parameters.counters import LOSS_SUM, SAMPLES, WEIGHT
+from mpidl.runtime import World, init, on_all_ranks
+from mpidl.scheduling import (
+    REPORT_FIELDS,
+    Action,
+    Coordinator,
+    Executor,
+    GroupPlan,
+    GroupSize,
+    LearningRates,
+    LossFunction,
+    Metric,
+    PlanChannel,
+    ScheduleFactory,
+    Triggers,
+    capacity,
+    evaluate,
+    num_iterations,
+)
+from mpidl.summary import describe_start
+from mpidl.telemetry import Telemetry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a Trainer was given; its docstring says what each means."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    optimizer: OptimizerFactory
+    batch_size: int
+    partitions: int
+    group_size: int | str
+    schedule: ScheduleFactory | None
+    param_groups: list[dict[str, Any]] | None
+    seed: int
+    reduction: str
+    loader_workers: int
+    eval_batch_size: int
+    metrics: Mapping[str, Metric]
+    validate_every: int
+    checkpoint_every: int
+    run_dir: pathlib.Path | None
+    telemetry: Telemetry | None
+
+    def check(self, world: World) -> None:
+        """Raise ConfigError where the settings do not fit each other or the ranks."""
+        if self.partitions < world.size:
+            raise ConfigError(
+                f"{world.size} ranks but only {self.partitions} partitions; every rank needs at least one; lower -n "
+                "or raise partitions"
+            )
+        if self.batch_size < self.partitions:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is smaller than partitions {self.partitions}; every partition needs at "
+                "least one sample; raise batch_size or lower partitions"
+            )
+        if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
+            raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+
+    def evaluate(self, world: World, source: Source) -> dict[str, float]:
+        """The mean loss and metrics of a data set. Collective."""
+        return evaluate(
+            world,
+            self.model,
+            self.loss_fn,
+            source,
+            batch_size=self.eval_batch_size,
+            metrics=self.metrics,
+            seed=self.seed,
+            num_workers=self.loader_workers,
+        )
+
+
+class Training:
+    """One call of `fit`: the objects that live as long as it, and its course."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        manager: ParameterManager,
+        train: Source,
+        validation: Source | None,
+        *,
+        epochs: int,
+        resume: bool,
+    ) -> None:
+        self._settings = settings
+        self._world = world
+        self._manager = manager
+        self._validation = validation
+        self._telemetry = settings.telemetry
+        if self._telemetry is None and world.rank == 0:
+            self._telemetry = Telemetry(settings.run_dir)
+        self._triggers = Triggers(
+            iterations_per_epoch=num_iterations(len(train), settings.batch_size),
+            epochs=epochs,
+            validate_every=settings.validate_every if validation is not None else 0,
+            checkpoint_every=settings.checkpoint_every if settings.run_dir is not None else 0,
+        )
+        self._num_samples = len(train)
+        self._last_checkpoint: pathlib.Path | None = None
+        self._first_iteration = self._resume() if resume else 0
+        self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
+        self._executor = Executor(
+            manager,
+            settings.model,
+            settings.loss_fn,
+            self._loader,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        group_size = GroupSize(settings.group_size)
+        self._coordinator = self._make_coordinator(group_size) if world.rank == 0 else None
+        size = capacity(group_size.largest, world.size, len(manager.param_groups))
+        self._channel = PlanChannel(world, self._coordinator, size)
+        self._history: list[dict[str, Any]] = []
+        self._epoch = np.zeros(3)  # loss_sum, weight, samples of the epoch so far
+        self._epoch_began = time.perf_counter()
+
+    def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
+        settings = self._settings
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in settings.param_groups or [{}]]
+        return Coordinator(
+            num_samples=self._num_samples,
+            batch_size=settings.batch_size,
+            assignment=self._manager.assignment,
+            triggers=self._triggers,
+            group_size=group_size,
+            learning_rates=LearningRates(settings.optimizer, groups, settings.schedule),
+            first_iteration=self._first_iteration,
+        )
+
+    def close(self) -> None:
+        """Complete what was started and end the loader."""
+        self._loader.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
+
+    # --- the course -----------------------------------------------------------------------------------------------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run all groups; returns the events of epochs and validations."""
+        began = time.perf_counter()
+        self._record("start", **describe_start(self._facts()))
+        self._settings.model.train()
+        if self._first_iteration < self._triggers.total_iterations:
+            self._channel.start()
+            first = self._channel.receive()
+            self._executor.request(first)
+            following = self._run_group(first)
+            while following is not None:
+                following = self._run_group(following)
+        self._finish(time.perf_counter() - began)
+        return self._history
+
+    def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
+        """Run one group and what is due at its end; returns the next plan, None after the last."""
+        following = None
+        is_last = bool(plan.actions & Action.END)
+        if not is_last:
+            self._channel.start()
+        began = time.perf_counter()
+        sums = np.zeros(3)
+        for index in range(plan.num_iterations):
+            try:
+                table = self._executor.iterate(plan, index)
+            except NonFiniteLossError as error:
+                self._channel.drop()
+                self._fail(error)
+                raise
+            sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
+            if index == 0 and not is_last:
+                following = self._channel.receive()
+                self._executor.request(following)
+        self._report(plan, sums, time.perf_counter() - began)
+        self._act(plan)
+        return following
+
+    def _report(self, plan: GroupPlan, sums: NDArray[np.float64], seconds: float) -> None:
+        """The group's one gather: times of all ranks to the coordinator."""
+        self._epoch += sums
+        times = self._world.gather(self._executor.take_seconds())
+        if self._coordinator is None or times is None:
+            return
+        self._coordinator.observe(plan, seconds)
+        busy = times[:, :2].sum(axis=1)
+        self._record(
+            "group",
+            epoch=plan.epoch + 1,
+            iteration=plan.first_iteration + plan.num_iterations,
+            iterations=plan.num_iterations,
+            samples=int(sums[2]),
+            loss=sums[0] / sums[1],
+            lr=plan.learning_rates[-1][0],
+            seconds=seconds,
+            samples_per_s=sums[2] / seconds,
+            group_size=plan.num_iterations,
+            phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
+            wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
+            slowest_rank=int(busy.argmax()),
+        )
+
+    def _act(self, plan: GroupPlan) -> None:
+        """What is due at the group's end, by all ranks together."""
+        done = plan.first_iteration + plan.num_iterations
+        epoch = plan.epoch + 1
+        if plan.actions & Action.END_EPOCH:
+            seconds = time.perf_counter() - self._epoch_began
+            loss, samples = self._epoch[0] / self._epoch[1], int(self._epoch[2])
+            self._event("epoch", epoch=epoch, iteration=done, loss=float(loss), samples=samples, seconds=seconds)
+            self._epoch[:] = 0
+        if plan.actions & Action.VALIDATE and self._validation is not None:
+            began = time.perf_counter()
+            result = self._settings.evaluate(self._world, self._validation)
+            self._event("validation", epoch=epoch, iteration=done, **result, seconds=time.perf_counter() - began)
+        if plan.actions & Action.CHECKPOINT:
+            self._save(epoch, done)
+        if plan.actions & Action.END_EPOCH:
+            self._epoch_began = time.perf_counter()
+
+    def _event(self, event: str, **fields: Any) -> None:
+        if event == "epoch":
+            fields["samples_per_s"] = fields["samples"] / fields["seconds"]
+        self._history.append({"event": event, **fields})
+        self._record(event, **fields)
+
+    def _record(self, event: str, **fields: Any) -> None:
+        if self._world.rank == 0 and self._telemetry is not None:
+            self._telemetry.record(event, **fields)
+
+    # --- checkpoints and the end ----------------------------------------------------------------------------------
+
+    def _save(self, epoch: int, iteration: int) -> None:
+        run_dir = self._settings.run_dir
+        assert run_dir is not None, "checkpoints are due only where there is a run directory"
+        began = time.perf_counter()
+        path = checkpoint.checkpoint_path(run_dir, epoch)
+        progress = {"epoch": epoch, "iteration": iteration, **self._identity()}
+        size = checkpoint.save(self._manager, path, progress)
+        self._last_checkpoint = path
+        seconds = time.perf_counter() - began
+        self._record("checkpoint", epoch=epoch, iteration=iteration, path=str(path), bytes=size, seconds=seconds)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same in a resumed run for the same numbers."""
+        settings = self._settings
+        return {
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+            "partitions": settings.partitions,
+            "train_samples": self._num_samples,
+            "threads_per_rank": self._world.threads_per_rank,
+        }
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint; returns the first iteration to run."""
+        run_dir = self._settings.run_dir
+        if run_dir is None:
+            raise on_all_ranks(ConfigError("resume needs a run_dir to resume from"))
+        found = checkpoint.list_checkpoints(run_dir) if self._world.rank == 0 else []
+        path = self._world.broadcast_object(found[-1][1] if found else None)
+        if path is None:
+            self._record("warning", message=f"{run_dir} holds no checkpoint; the run starts over")
+            return 0
+        progress = checkpoint.load(self._manager, path)
+        threads = progress["threads_per_rank"]
+        self._world = init(threads)
+        for name, value in self._identity().items():
+            if progress[name] != value:
+                raise on_all_ranks(
+                    CheckpointError(
+                        f"{path} was written with {name} {progress[name]}, this run has {value}; resume with the same"
+                    )
+                )
+        self._last_checkpoint = path
+        return int(progress["iteration"])
+
+    def _fail(self, error: NonFiniteLossError) -> None:
+        last = self._last_checkpoint
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        advice = "; lower the learning rate, or look at that batch"
+        error.args = (f"{error}; all ranks stopped before its update; {kept}{advice}",)
+        self._record("end", status="failed", message=str(error), run_dir=_text(self._settings.run_dir))
+
+    def _finish(self, seconds: float) -> None:
+        weights = None
+        run_dir = self._settings.run_dir
+        with self._world.agreed("writing the weights"):
+            if run_dir is not None and self._world.rank == 0:
+                weights = run_dir / checkpoint.WEIGHTS
+                checkpoint.save_weights(self._settings.model.state_dict(), weights)
+        ended = [event for event in self._history if event["event"] == "epoch"]
+        validations = [event for event in self._history if event["event"] == "validation"]
+        samples = sum(event["samples"] for event in ended)
+        self._record(
+            "end",
+            status="finished",
+            iterations=self._triggers.total_iterations,
+            epochs=self._triggers.epochs,
+            seconds=seconds,
+            samples_per_s=samples / seconds,
+            loss=ended[-1]["loss"] if ended else None,
+            validation={k: v for k, v in validations[-1].items() if k != "event"} if validations else {},
+            weights=_text(weights),
+            run_dir=_text(run_dir),
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "manager": self._manager,
+            "batch_size": settings.batch_size,
+            "group_size": settings.group_size,
+            "reduction": settings.reduction,
+            "seed": settings.seed,
+            "train_samples": self._num_samples,
+            "validation_samples": 0 if self._validation is None else len(self._validation),
+            "triggers": self._triggers,
+            "first_iteration": self._first_iteration,
+            "run_dir": _text(settings.run_dir),
+        }
+
+
+def _text(path: pathlib.Path | None) -> str | None:
+    return None if path is None else str(path)
