@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -27,7 +26,7 @@ def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
     try:
         save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, temporary)
         sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from None
 

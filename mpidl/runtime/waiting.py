@@ -18,8 +18,8 @@ SLEEP_S = 5e-5
 class Request(Protocol):
     """The part of an MPI request that waiting needs."""
 
-    def Test(self) -> bool: ...  # noqa: D102, N802
-    def Wait(self) -> bool: ...  # noqa: D102, N802
+    def Test(self) -> bool: ...  # noqa: D102
+    def Wait(self) -> bool: ...  # noqa: D102
 
 
 def wait(request: Request, shares_cores: bool) -> None:

@@ -230,8 +230,7 @@ class World:
         kind, message = failures[failed[0]]
         if len(failed) < self.size:
             message = f"{message} (rank {failed[0]} on {self.hostnames[failed[0]]}, {stage})"
-        error = failure if failure is not None and len(failed) == self.size else kind(message)
-        raise faults.on_all_ranks(error)
+        raise faults.on_all_ranks(failure if failure is not None and len(failed) == self.size else kind(message))
 
     def check_equal(self, what: str, digest: str, error: type[MpidlError] = LaunchError) -> None:
         """Raise on all ranks unless every rank passed the same digest. Collective."""

@@ -71,8 +71,8 @@ def evaluate(
     width = sums.shape[1]
     counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
     gathered = world.allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
-    total_loss, weight, samples, *values = (float(value) for value in gathered.sum(axis=0))
-    if weight == 0:
+    loss_total, weight_total, num_samples, *totals = (float(value) for value in gathered.sum(axis=0))
+    if weight_total == 0:
         raise UserError("the data set's weights add up to zero; there is no mean loss")
-    means = {name: value / samples for name, value in zip(metrics, values, strict=True)}
-    return {"loss": total_loss / weight, **means, "samples": samples}
+    means = {name: value / num_samples for name, value in zip(metrics, totals, strict=True)}
+    return {"loss": loss_total / weight_total, **means, "samples": num_samples}

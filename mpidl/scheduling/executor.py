@@ -109,7 +109,7 @@ class Executor:
         self._manager.begin_partition(assignment, partition)
         seed_everything(partition_seed(self._seed, iteration, partition))
         total, weight = loss_sum(self._loss_fn, call_model(self._model, inputs), targets, stop - start)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start)
         self._seconds["load"] += loaded - begin
         self._seconds["compute"] += time.perf_counter() - loaded

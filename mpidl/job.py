@@ -1,0 +1,261 @@
+"""From a configuration to a trainer with its data, and the run directory that its results go to."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from mpidl import data, metrics, models, runtime, scheduling
+from mpidl.config import CONFIG_FILE, Config, near, to_toml
+from mpidl.errors import ConfigError
+from mpidl.imports import import_callable
+from mpidl.telemetry import Telemetry
+from mpidl.trainer import Trainer
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    cls.__name__.lower(): cls
+    for cls in (
+        torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
+        torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
+        torch.optim.ASGD,
+    )
+}  # fmt: skip
+
+# What makes a directory a run's: other files, such as Slurm's output, may lie there before.
+_RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "checkpoints", "weights.safetensors")
+
+_CLASSIFYING = ("cross_entropy", "nll_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a trainer is made of; made without any communication."""
+
+    model: nn.Module
+    loss: Callable[..., Any]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None
+    metrics: dict[str, Callable[..., Any]]
+    train_set: Any
+    validation_set: Any
+
+
+def build_trainer(
+    config: Config, telemetry: Telemetry | None = None, run_dir: Path | None = None
+) -> tuple[Trainer, Any, Any]:
+    """Make the trainer that a configuration describes.
+
+    Collective: every rank must call it, with the same configuration.
+
+    Args:
+        config: what to train.
+        telemetry: gets the trainer's events.
+        run_dir: where checkpoints and weights go; None: nowhere.
+
+    Returns:
+        The trainer, the training set, and the validation set or None.
+
+    Raises:
+        ConfigError, DataError, LayoutError: something does not exist or does not fit (on every rank).
+    """
+    with runtime.init().agreed("setting up"):
+        parts = prepare(config)
+    trainer = Trainer(
+        parts.model,
+        parts.loss,
+        parts.optimizer,
+        batch_size=config.batch_size,
+        partitions=config.partitions,
+        group_size=config.group_size,
+        schedule=parts.schedule,
+        seed=config.seed,
+        reduction=config.reduction,
+        threads_per_rank=None if config.threads_per_rank == "auto" else config.threads_per_rank,
+        loader_workers=config.loader_workers,
+        eval_batch_size=config.eval_batch_size,
+        metrics=parts.metrics,
+        validate_every=config.validate_every,
+        checkpoint_every=config.checkpoint_every,
+        run_dir=run_dir,
+        telemetry=telemetry,
+    )
+    return trainer, parts.train_set, parts.validation_set
+
+
+def prepare(config: Config) -> Parts:
+    """Find and make everything that the configuration names, on this rank alone.
+
+    Raises:
+        ConfigError, DataError: something cannot be found, or does not fit.
+    """
+    loss, optimizer = find_loss(config), find_optimizer(config)
+    found, held_out = data.load_named(config.data, config.data_dir)
+    train_set = data.as_source(found)
+    validation_set = None if held_out is None else data.as_source(held_out)
+    schedule = find_schedule(config, len(train_set))
+    # Rank 0's weights go to all ranks; the seed alone decides them, whatever was drawn before.
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, **config.model_args)
+    num_classes = getattr(model, "num_classes", None)
+    if config.loss in _CLASSIFYING and isinstance(num_classes, int):
+        for source in filter(None, (train_set, validation_set)):
+            data.check_labels(source, num_classes)
+    return Parts(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=schedule,
+        metrics={"accuracy": metrics.accuracy} if config.loss in _CLASSIFYING else {},
+        train_set=train_set,
+        validation_set=validation_set,
+    )
+
+
+def find_loss(config: Config) -> Callable[..., Any]:
+    """The function of outputs and targets that `config.loss` names."""
+    if ":" in config.loss:
+        return import_callable(config.loss)
+    function: Callable[..., Any] = getattr(nn.functional, config.loss)
+    return function
+
+
+def find_optimizer(config: Config) -> Callable[..., torch.optim.Optimizer]:
+    """A callable from parameters to the optimizer, with the learning rate and arguments filled in.
+
+    Raises:
+        ConfigError: the optimizer has no such argument, or does not take its value.
+    """
+    # TOML has lists only; torch wants pairs such as Adam's betas as tuples.
+    arguments = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.optimizer_args.items()
+    }
+    if "lr" in arguments:
+        raise ConfigError("optimizer_args has lr; the learning rate is the setting lr")
+    if ":" in config.optimizer:
+        return functools.partial(import_callable(config.optimizer), lr=config.lr, **arguments)
+    factory = _OPTIMIZERS[config.optimizer]
+    allowed = [name for name in inspect.signature(factory).parameters if name not in ("params", "lr")]
+    for name in arguments:
+        if name not in allowed:
+            hint = near(name, allowed) or f"; it takes {', '.join(allowed)}"
+            raise ConfigError(f"optimizer_args has {name!r}, which {config.optimizer} does not take{hint}")
+    made = functools.partial(factory, lr=config.lr, **arguments)
+    try:
+        made([nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{config.optimizer} does not take lr {config.lr} with {arguments}: {error}") from None
+    return made
+
+
+def find_schedule(config: Config, num_samples: int) -> Callable[[torch.optim.Optimizer], LRScheduler] | None:
+    """A callable from the optimizer to the scheduler, which is advanced every iteration.
+
+    Args:
+        config: its `schedule`, `warmup_iterations`, `epochs` and `batch_size` count.
+        num_samples: samples of the training set.
+
+    Returns:
+        None where the learning rate never changes.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    total = config.epochs * scheduling.num_iterations(num_samples, config.batch_size)
+    warmup = config.warmup_iterations
+    if warmup and warmup >= total:
+        raise ConfigError(
+            f"warmup_iterations {warmup} is not less than the {total} iterations of the run ({config.epochs} epochs "
+            f"of {num_samples} samples in batches of {config.batch_size}); lower it or raise epochs"
+        )
+    if config.schedule == "constant" and not warmup:
+        return None
+    return functools.partial(_schedule, is_cosine=config.schedule == "cosine", warmup=warmup, total=total)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, *, is_cosine: bool, warmup: int, total: int) -> LRScheduler:
+    """Rise from lr / (warmup + 1) to lr, which iteration number `warmup` has first, then stay or fall."""
+    rise = functools.partial(LinearLR, optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    if not is_cosine:
+        return rise()
+    if not warmup:
+        return CosineAnnealingLR(optimizer, T_max=total)
+    parts = [rise(), CosineAnnealingLR(optimizer, T_max=total - warmup)]
+    return SequentialLR(optimizer, parts, milestones=[warmup])
+
+
+def claim_run_dir(config: Config, name: str) -> Path:
+    """Make the run directory and write the resolved configuration into it; rank 0's task.
+
+    A directory is never taken twice: the earlier run's work would be lost.
+
+    Args:
+        config: with `run_dir` "auto", the first free one of runs/NAME, runs/NAME-2, ...
+        name: what to call an "auto" directory.
+
+    Raises:
+        ConfigError: the directory holds a run already, or cannot be written.
+    """
+    if config.run_dir != "auto":
+        path = Path(config.run_dir)
+        if not _claim(config, path):
+            raise ConfigError(
+                f"{path} holds a run already; continue that one with --resume {path}, or give another --run-dir"
+            )
+        return path
+    numbered = (Path("runs", name if number == 1 else f"{name}-{number}") for number in range(1, 1_000_000))
+    return next(path for path in numbered if _claim(config, path))
+
+
+def _claim(config: Config, path: Path) -> bool:
+    """Take the directory by creating its configuration file, which only one job can do."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any((path / name).exists() for name in _RUN_ENTRIES):
+            return False
+        with (path / CONFIG_FILE).open("x", encoding="utf-8") as file:
+            file.write(_resolved(config, path))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; give another --run-dir") from None
+    return True
+
+
+def reopen_run_dir(config: Config, path: Path) -> Path:
+    """Write the configuration that a resumed run goes on with; rank 0's task.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    try:
+        fresh = path / f"{CONFIG_FILE}.new"
+        fresh.write_text(_resolved(config, path), encoding="utf-8")
+        fresh.replace(path / CONFIG_FILE)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; check its permissions") from None
+    return path
+
+
+def release_run_dir(path: Path) -> None:
+    """Give back a directory whose run failed before it began."""
+    if [name for name in _RUN_ENTRIES if (path / name).exists()] == [CONFIG_FILE]:
+        (path / CONFIG_FILE).unlink()
+        with contextlib.suppress(OSError):  # other files lie there
+            path.rmdir()
+
+
+def _resolved(config: Config, run_dir: Path) -> str:
+    """The configuration as a later command, perhaps from another folder, needs it."""
+    values = asdict(config) | {"run_dir": str(run_dir)}
+    if config.data_dir is not None:
+        values["data_dir"] = str(Path(config.data_dir).absolute())
+    return to_toml(Config(**values))

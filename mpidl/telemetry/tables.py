@@ -1,0 +1,148 @@
+"""What a run prints before its first iteration and after its last, as pairs of a name and a text."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Fields = Mapping[str, Any]
+
+_BITS = {
+    "partitions": "a function of the partitions: the same on any number of ranks and nodes",
+    "layout": "a function of the partitions and of the nodes' layout",
+    "none": "not repeatable: the MPI library chooses the order of addition",
+}
+_RANKS_SHOWN = 6
+
+
+def count(number: float) -> str:
+    """41,200; from 100 on without decimals, below with three significant digits."""
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the largest binary unit that keeps the number at 1 or more."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while num_bytes >= 1024 and len(units) > 1:
+        num_bytes /= 1024
+        del units[0]
+    return f"{num_bytes:.0f} B" if units[0] == "B" else f"{num_bytes:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, and tenths of a second below a minute."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def measure(name: str, value: object) -> str:
+    """A metric for people: accuracies in percent, other numbers with five significant digits."""
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.5g}"
+    return count(value) if isinstance(value, int) else str(value)
+
+
+def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
+    """`loss 0.1234  accuracy 97.50 %`: the loss first, then each metric of a validation event."""
+    names = ["loss", *sorted(set(fields) - {"loss", *leave_out})]
+    return "  ".join(f"{name} {measure(name, fields[name])}" for name in names if name in fields)
+
+
+def of_start(fields: Fields) -> list[tuple[str, str]]:
+    """The rows of the first table: what was derived from the configuration and the machine.
+
+    Args:
+        fields: the "start" event's.
+    """
+    memory: dict[str, int] = fields["memory_per_rank_bytes"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size(number)}" for name, number in memory.items())
+    total, per_epoch = fields["total_iterations"], fields["iterations_per_epoch"]
+    first = fields.get("first_iteration", 0)
+    group = "chosen while running" if fields["group_size"] == "auto" else f"{fields['group_size']} iterations"
+    rows = [
+        ("ranks", f"{_number(fields['ranks'], 'rank')} on {_hosts(fields)}, "
+                  f"{_number(fields['threads_per_rank'], 'thread')} each"),
+        ("partitions", f"{fields['partitions']}: {_owners(fields['partition_ranges'])}"),
+        ("batch", f"{_number(fields['batch_size'], 'sample')} an iteration; group size {group}"),
+        ("model", f"{count(fields['parameters'])} parameters; largest shard {count(fields['shard_size'])}"),
+        ("memory a rank", f"{size(sum(memory.values()))}: {parts}"),
+        ("data", f"{count(fields['train_samples'])} training samples, "
+                 f"{count(fields['validation_samples'] or 0)} validation samples"),
+        ("epochs", f"{fields['epochs']} of {_number(per_epoch, 'iteration')}, {count(total)} in all"),
+        ("sums", f"{fields['reduction']}; bits are {_BITS.get(fields['bits'], fields['bits'])}"),
+        ("seed", str(fields["seed"])),
+        ("software", _software(fields)),
+        ("run directory", str(fields["run_dir"] or "none: nothing is kept")),
+    ]  # fmt: skip
+    if first:
+        rows.append(("resumed", f"after iteration {count(first)} of {count(total)}"))
+    return rows
+
+
+def of_end(fields: Fields) -> list[tuple[str, str]]:
+    """The rows of the result table.
+
+    Args:
+        fields: the "end" event's.
+    """
+    rows = [("status", str(fields["status"]))]
+    if fields.get("message"):
+        rows.append(("message", str(fields["message"])))
+    rows.append(("time", duration(fields["seconds"])))
+    rows.append(("done", f"{fields['epochs']} epochs, {_number(fields['iterations'], 'iteration')}"))
+    if fields.get("samples_per_s"):
+        rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
+    if fields.get("loss") is not None:
+        rows.append(("training loss", measure("loss", fields["loss"])))
+    validation = fields.get("validation") or {}
+    for name in ("loss", *sorted(set(validation) - {"loss", "epoch", "iteration", "seconds", "samples"})):
+        if name in validation:
+            rows.append((f"validation {name}", measure(name, validation[name])))
+    if fields.get("weights"):
+        rows.append(("weights", str(fields["weights"])))
+    if fields.get("run_dir"):
+        rows.append(("run directory", str(fields["run_dir"])))
+    return rows
+
+
+def table(title: str, rows: Sequence[tuple[str, ...]], headers: Sequence[str] = ()) -> Table:
+    """A rich table, ASCII only: logs are read with everything from `less` to a web page."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.ASCII2, show_header=bool(headers))
+    for index in range(max(len(headers), len(rows[0]) if rows else 0)):
+        made.add_column(headers[index] if headers else "", overflow="fold", no_wrap=index == 0 and not headers)
+    for row in rows:
+        # Texts, not markup: a path may hold square brackets.
+        made.add_row(*[Text(cell) for cell in row])
+    return made
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def _hosts(fields: Fields) -> str:
+    hosts = list(dict.fromkeys(fields["hosts"]))
+    names = ", ".join(hosts[:_RANKS_SHOWN]) + (", ..." if len(hosts) > _RANKS_SHOWN else "")
+    return f"{_number(fields['nodes'], 'node')} ({names})"
+
+
+def _owners(ranges: Sequence[Sequence[int]]) -> str:
+    """`rank 0: 0-1, rank 1: 2-3`, cut short where there are many ranks."""
+    texts = []
+    for rank, (start, stop) in enumerate(ranges):
+        held = "none" if stop == start else str(start) if stop == start + 1 else f"{start}-{stop - 1}"
+        texts.append(f"rank {rank}: {held}")
+    if len(texts) > _RANKS_SHOWN:
+        texts[_RANKS_SHOWN:] = [f"... {texts[-1]}"]
+    return ", ".join(texts)
+
+
+def _software(fields: Fields) -> str:
+    versions: dict[str, str] = fields.get("versions") or {}
+    named = [f"{name} {version}" for name, version in versions.items()]
+    # MPI_Get_library_version may be a page long; its first line names it.
+    return ", ".join([*named, " ".join(str(fields["library"]).split("\n")[0].split())])

@@ -1,0 +1,22 @@
+"""Packages and where they lie; everything else about the project is in pyproject.toml."""
+
+from __future__ import annotations
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "mpidl",
+        "mpidl.checkpoint",
+        "mpidl.data",
+        "mpidl.kernels",
+        "mpidl.models",
+        "mpidl.parameters",
+        "mpidl.runtime",
+        "mpidl.scheduling",
+        "mpidl.telemetry",
+    ],
+    # The kernels have a folder of their own. In a checkout the link mpidl/kernels leads there; archives and
+    # file systems that lose links, and every built package, rely on this mapping.
+    package_dir={"mpidl.kernels": "kernels"},
+)

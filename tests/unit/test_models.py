@@ -1,0 +1,116 @@
+"""The built-in models and how models are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpidl import models
+from mpidl.errors import ConfigError, DataError
+
+
+def conv(inputs: int, outputs: int, side: int, bias: bool = True) -> int:
+    return inputs * outputs * side * side + (outputs if bias else 0)
+
+
+def linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+IMAGES = {"digits_cnn": (1, 8, 8), "fashion_cnn": (1, 28, 28), "lenet5": (1, 28, 28)}
+
+
+def test_the_table_of_this_test_has_every_model() -> None:
+    assert set(models.NAMES) == set(IMAGES)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("num_classes", [1, 7, 10])
+def test_outputs_are_one_logit_per_class(name: str, num_classes: int) -> None:
+    model = models.build(name, num_classes=num_classes)
+    assert model.num_classes == num_classes
+    assert model(torch.zeros(3, *IMAGES[name])).shape == (3, num_classes)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name)
+    nn.functional.cross_entropy(model(torch.rand(8, *IMAGES[name])), torch.arange(8)).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_parameter_counts_are_those_of_the_layers(num_classes: int) -> None:
+    digits = conv(1, 16, 3) + conv(16, 32, 3) + linear(512, 64) + linear(64, num_classes)
+    lenet = conv(1, 6, 5) + conv(6, 16, 5) + linear(400, 120) + linear(120, 84) + linear(84, num_classes)
+    pairs = [(1, 16), (16, 32), (32, 64)]
+    fashion = sum(conv(*pair, 3, bias=False) + 2 * pair[1] for pair in pairs) + linear(576, num_classes)
+    for name, expected in {"digits_cnn": digits, "lenet5": lenet, "fashion_cnn": fashion}.items():
+        assert num_parameters(models.build(name, num_classes=num_classes)) == expected
+
+
+def test_parameter_counts_are_those_of_the_docstrings() -> None:
+    for model in (models.DigitsCNN(), models.FashionCNN(), models.LeNet5()):
+        assert f"{num_parameters(model):,} parameters" in (type(model).__doc__ or "")
+    assert num_parameters(models.LeNet5()) == 61_706
+
+
+def test_lenet_takes_colour_images() -> None:
+    model = models.build("lenet5", in_channels=3)
+    assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("shape", [(4, 28), (4, 1, 28), (4, 1, 27, 28), (4, 28, 28, 1), (4, 3, 8, 8)])
+def test_images_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=rf"{name} takes images of shape \(batch, 1, .* but got .*4, .*reshape"):
+        models.build(name)(torch.zeros(shape))
+
+
+def test_images_of_integers_are_refused() -> None:
+    with pytest.raises(DataError, match=r"floating-point images but got torch\.uint8; scale"):
+        models.build("lenet5")(torch.zeros((4, 1, 28, 28), dtype=torch.uint8))
+
+
+def test_an_unknown_name_gets_near_names_and_all_names() -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'lenet'; did you mean 'lenet5'\?; allowed are digits_cnn"):
+        models.build("lenet")
+
+
+def test_an_unknown_argument_gets_the_signature() -> None:
+    with pytest.raises(ConfigError, match=r"model lenet5: .*'classes'; it takes .*num_classes: "):
+        models.build("lenet5", classes=3)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, True, "10", 2.0])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_a_wrong_number_of_classes_is_refused(name: str, num_classes: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: num_classes is .*at least 1"):
+        models.build(name, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, "half", float("nan")])
+def test_a_wrong_dropout_is_refused(dropout: object) -> None:
+    with pytest.raises(ConfigError, match=r"digits_cnn: dropout is .*below 1"):
+        models.build("digits_cnn", dropout=dropout)
+
+
+def test_a_model_of_ones_own_is_named_by_module_and_callable() -> None:
+    model = models.build("torch.nn:Linear", in_features=3, out_features=2)
+    assert isinstance(model, nn.Linear)
+
+
+def test_a_callable_that_makes_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"collections:OrderedDict returned a OrderedDict"):
+        models.build("collections:OrderedDict")
+
+
+def test_an_error_inside_ones_own_model_stays_what_it_is() -> None:
+    with pytest.raises(TypeError, match="int"):
+        models.build("torch.nn:Linear", in_features="three", out_features=2)
