@@ -26,7 +26,8 @@ class Trainer:
     The same partitions give the same bits on any number of ranks.
 
     Args:
-        model: parameters float32, on the CPU. Rank 0's weights go to all ranks when `fit` begins.
+        model: parameters float32, on the CPU. Rank 0's weights go to all ranks when `fit` begins. It is trained in
+            training mode; parts of it that are in evaluation mode stay so.
         loss_fn: from (outputs, targets) to the mean loss of the samples, or to (sum, weight).
         optimizer: callable from parameters to an element-wise `torch.optim.Optimizer`.
         batch_size: samples of an iteration, over all ranks.

@@ -136,7 +136,8 @@ class Training:
             seed=settings.seed,
         )
         group_size = GroupSize(settings.group_size)
-        self._coordinator = self._make_coordinator(group_size) if world.rank == 0 else None
+        with world.agreed("making the schedule"):
+            self._coordinator = self._make_coordinator(group_size) if world.rank == 0 else None
         size = capacity(group_size.largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
@@ -168,7 +169,8 @@ class Training:
         """Run all groups; returns the events of epochs and validations."""
         began = time.perf_counter()
         self._record("start", **describe_start(self._facts()))
-        self._settings.model.train()
+        if not self._settings.model.training:
+            self._settings.model.train()
         if self._first_iteration < self._triggers.total_iterations:
             self._channel.start()
             first = self._channel.receive()

@@ -42,6 +42,13 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def usual_mode(path: pathlib.Path) -> None:
+    """Give a file the mode that the user's umask says; safetensors makes it the owner's only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Write a JSON file and have it on disk."""
     path.write_text(json.dumps(value, indent=1) + "\n")

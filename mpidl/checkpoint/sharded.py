@@ -33,7 +33,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from mpidl._version import __version__
-from mpidl.checkpoint.files import MANIFEST, digest, publish, read_manifest, remove, write_json
+from mpidl.checkpoint.files import MANIFEST, digest, publish, read_manifest, remove, usual_mode, write_json
 from mpidl.errors import CheckpointError
 from mpidl.parameters import FlatLayout, ParameterManager
 from mpidl.parameters.state import group_options, merge_scalars
@@ -107,6 +107,7 @@ def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str
         arrays[f"state.{key}"] = without_gaps(layout, vector, shard)
     path = directory / f"shard-{rank:05d}-of-{manager.world.size:05d}.safetensors"
     save_arrays(arrays, path)
+    usual_mode(path)
     return {"file": path.name, "start": start, "stop": stop, "sha256": digest(path)}
 
 
@@ -124,6 +125,7 @@ def _finish(
     aliases = {name: owner[id(t)] for name, t in state.items() if owner.get(id(t), name) != name}
     rest = {name: t.detach().clone() for name, t in state.items() if name not in trained and name not in aliases}
     save_tensors(rest, temporary / REST)
+    usual_mode(temporary / REST)
     write_json(
         temporary / MANIFEST,
         {

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mpidl.checkpoint.files import list_checkpoints, sync
+from mpidl.checkpoint.files import MANIFEST, list_checkpoints, sync, usual_mode
 from mpidl.checkpoint.sharded import read_weights
 from mpidl.errors import CheckpointError
 
@@ -25,6 +25,7 @@ def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
     temporary = path.with_name(f".new-{path.name}")
     try:
         save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, temporary)
+        usual_mode(temporary)
         sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -35,7 +36,7 @@ def load_weights(path: str | pathlib.Path, epoch: int | None = None) -> dict[str
     """The state dict found at a path: a run directory, a checkpoint directory or a safetensors file. No MPI.
 
     Args:
-        path: of a run directory, its `weights.safetensors` is read, or its newest checkpoint where that is missing.
+        path: of a run directory, its newest checkpoint is read, or its `weights.safetensors` where there is none.
         epoch: of a run directory, the checkpoint after this epoch (from 1).
 
     Raises:
@@ -46,11 +47,11 @@ def load_weights(path: str | pathlib.Path, epoch: int | None = None) -> dict[str
         return _read(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
-    if epoch is None and (path / WEIGHTS).is_file():
-        return _read(path / WEIGHTS)
-    if epoch is None and (path / "manifest.json").is_file():
+    if epoch is None and (path / MANIFEST).is_file():
         return read_weights(path)
     found = dict(list_checkpoints(path))
+    if epoch is None and not found and (path / WEIGHTS).is_file():
+        return _read(path / WEIGHTS)
     if not found or (epoch is not None and epoch not in found):
         there = ", ".join(str(number) for number in found) or "none"
         wanted = "a checkpoint" if epoch is None else f"the checkpoint of epoch {epoch}"

@@ -90,5 +90,8 @@ class Exchange:
         for shard in self.duties():
             if world.node_of[shard] != world.node:
                 receive_counts[shard] = pieces[shard][1] - pieces[shard][0]
-        offsets = [start] * world.size
-        world.alltoall_varying(array, send_counts, offsets, array, receive_counts, [piece[0] for piece in pieces])
+        # The two buffers may not begin at the same address: Open MPI's non-blocking calls take that for MPI_IN_PLACE.
+        base = stop if start == 0 else 0
+        receive_offsets = [max(0, piece[0] - base) for piece in pieces]
+        nothing = [0] * world.size
+        world.alltoall_varying(array[start:stop], send_counts, nothing, array[base:], receive_counts, receive_offsets)

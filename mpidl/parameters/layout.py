@@ -80,7 +80,7 @@ class FlatLayout:
 def shards(size: int, world_size: int, block_size: int) -> list[Piece]:
     """Cut [0, size) into one contiguous shard per rank, at multiples of `block_size`.
 
-    Sizes differ by at most one block; with fewer blocks than ranks the last ranks hold nothing.
+    Sizes differ by at most one block; with fewer blocks than ranks some ranks hold nothing.
     """
     num_blocks = -(-size // block_size)
     cuts = [min(size, block_size * (-(-num_blocks * rank // world_size))) for rank in range(world_size + 1)]

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.errors import LayoutError, NonFiniteLossError
+from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment, RowPlan, row_plan
@@ -103,7 +103,11 @@ class Synchronizer:
         rows = self._reduce(self.gradients, assignment, plan, self.counters)
         times.lap("reduce_scatter", of_it_local_sum=rows.local_sum_s)
         table = self.counters.table[: assignment.num_partitions].copy()
-        _check_table(table)
+        try:
+            _check_table(table)
+        except MpidlError:
+            self._buffers.reset()  # forward has written into them
+            raise
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
             self._sum(rows, weight)

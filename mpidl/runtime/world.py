@@ -162,8 +162,7 @@ class World:
     ) -> None:
         """Send `send[offset : offset + count]` to each rank, receive likewise (MPI_Ialltoallv). Collective.
 
-        Counts and offsets are in elements, one per rank. `send` and `receive` may be the same array as long as what is
-        sent and what is received do not overlap.
+        Counts and offsets are in elements, one per rank. What is sent and what is received must not overlap.
         """
         request = self.comm.Ialltoallv(
             [send, (list(send_counts), list(send_offsets))], [receive, (list(receive_counts), list(receive_offsets))]

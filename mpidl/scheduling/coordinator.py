@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment
 from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.partitions import batch_span
@@ -28,6 +29,9 @@ class LearningRates:
         factory: the run's optimizer factory.
         groups: each param group's options.
         schedule: from an optimizer to a torch scheduler; None: constant.
+
+    Raises:
+        ConfigError: the schedule changes more than learning rates, which is all that a plan carries.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class LearningRates:
     ) -> None:
         empty = [{**options, "params": [torch.nn.Parameter(torch.empty(0))]} for options in groups]
         self._optimizer = factory(empty)
+        self._options = [dict(group) for group in self._optimizer.param_groups]
         self._scheduler = schedule(self._optimizer) if schedule else None
         self._next = 0
+        self._check()
 
     @property
     def num_groups(self) -> int:
@@ -57,6 +63,18 @@ class LearningRates:
         if self._scheduler is not None:
             self._optimizer.step()  # torch warns about schedulers that move before their optimizer
             self._scheduler.step()
+            self._check()
+
+    def _check(self) -> None:
+        for group, before in zip(self._optimizer.param_groups, self._options, strict=True):
+            changed = {key for key, value in before.items() if key not in ("lr", "params") and group[key] != value}
+            # Torch's cycles announce themselves by this key, even while the momentum still is what it was.
+            changed |= {"momentum"} & {key.removeprefix("max_") for key in group.keys() - before.keys()}
+            if changed:
+                raise ConfigError(
+                    f"the schedule changes {', '.join(sorted(changed))}; it may change the learning rate only; pass "
+                    "cycle_momentum=False to torch's OneCycleLR and CyclicLR"
+                )
 
 
 class Coordinator:

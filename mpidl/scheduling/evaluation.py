@@ -52,7 +52,7 @@ def evaluate(
     chunks = Assignment.even(num_chunks, world.size)
     first, last = chunks.range_of(world.rank)
     sums = np.zeros((last - first, 3 + len(metrics)))
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), Loader(source, seed=seed, num_workers=num_workers, shuffle=False) as loader:
@@ -67,7 +67,8 @@ def evaluate(
                 values = [float(metric(outputs, targets)) for metric in metrics.values()]
                 sums[chunk - first] = [float(total), weight, samples, *values]
     finally:
-        model.train(was_training)
+        for module, training in modes:  # a part may have been in evaluation mode before
+            module.training = training
     width = sums.shape[1]
     counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
     gathered = world.allgather_varying(sums.reshape(-1), counts).reshape(-1, width)

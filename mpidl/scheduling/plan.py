@@ -6,7 +6,7 @@ Layout, little-endian, in a buffer whose size is fixed for the whole run:
     num_partitions u32, num_ranks u32, num_iterations u32, num_groups u32,
     starts u32[num_ranks + 1], spans u64[num_iterations, 2], learning_rates f64[num_iterations, num_groups]
 
-`length` counts all bytes of the message and `crc32` covers everything behind itself. Nothing is pickled. A receiver
+`length` counts all bytes of the message and `crc32` covers all of them but itself. Nothing is pickled. A receiver
 checks magic, version, length, checksum and every count before it reads an array.
 """
 
@@ -27,6 +27,7 @@ MAGIC = b"MPDL"
 VERSION = 1
 _HEADER = struct.Struct("<4sHHII")
 _COUNTS = struct.Struct("<QQQIIII")
+_CHECKSUM_OFFSET = _HEADER.size - 4
 
 
 class Action(enum.IntFlag):
@@ -76,7 +77,8 @@ class GroupPlan:
         )
         body += np.array(self.assignment.starts, "<u4").tobytes()
         body += np.array(self.spans, "<u8").tobytes() + np.array(self.learning_rates, "<f8").tobytes()
-        return _HEADER.pack(MAGIC, VERSION, self.actions, _HEADER.size + len(body), zlib.crc32(body)) + body
+        header = _HEADER.pack(MAGIC, VERSION, self.actions, _HEADER.size + len(body), 0)
+        return header[:_CHECKSUM_OFFSET] + struct.pack("<I", _checksum(header + body)) + body
 
     @classmethod
     def decode(cls, message: bytes) -> GroupPlan:
@@ -92,9 +94,13 @@ class GroupPlan:
             raise PlanError(f"a plan begins with {MAGIC!r}, not {magic!r}")
         if version != VERSION:
             raise PlanError(f"a plan of version {version}, this code reads version {VERSION}: ranks run different code")
-        body = message[_HEADER.size : length]
-        if len(body) != length - _HEADER.size or zlib.crc32(body) != checksum:
+        if not _HEADER.size + _COUNTS.size <= length <= len(message):
+            raise PlanError(f"a plan that says it has {length} bytes arrived in a message of {len(message)}")
+        if _checksum(message[:length]) != checksum:
             raise PlanError("a plan arrived damaged (its checksum does not fit)")
+        if actions not in range(2 * max(Action)):
+            raise PlanError(f"a plan has actions {actions:#x}, this code knows those up to {2 * max(Action) - 1:#x}")
+        body = message[_HEADER.size : length]
         index, epoch, first, partitions, ranks, iterations, groups = _COUNTS.unpack_from(body)
         sizes = (4 * (ranks + 1), 16 * iterations, 8 * iterations * groups)
         if len(body) != _COUNTS.size + sum(sizes):
@@ -112,6 +118,11 @@ class GroupPlan:
             learning_rates=tuple(tuple(float(rate) for rate in row) for row in rates.reshape(iterations, groups)),
             actions=Action(actions),
         )
+
+
+def _checksum(message: bytes) -> int:
+    """Over all bytes of a message but the four that hold it."""
+    return zlib.crc32(message[_HEADER.size :], zlib.crc32(message[:_CHECKSUM_OFFSET]))
 
 
 def capacity(max_group_size: int, world_size: int, num_groups: int) -> int:

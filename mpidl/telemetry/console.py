@@ -97,7 +97,9 @@ class Console:
         self._loss = fields["loss"]
         now = self._clock()
         if self._progress is None:
-            if now - self._shown_at >= LINE_EVERY_S:
+            # The line of an epoch's last group would stand right above the epoch's own.
+            ends_epoch = fields["iteration"] % max(self._start.get("iterations_per_epoch", 1), 1) == 0
+            if now - self._shown_at >= LINE_EVERY_S and not ends_epoch:
                 self._line(fields, fields["samples_per_s"])
             return
         self._progress.update(
