@@ -6,8 +6,11 @@ inside the training loop. `fastmath` stays off: the order of additions is the re
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,23 +23,43 @@ def _ensure_cache_directory() -> None:
     here = pathlib.Path(__file__).resolve().parent
     if os.environ.get("NUMBA_CACHE_DIR") or os.access(here, os.W_OK):
         return
-    home = pathlib.Path.home() / ".cache"
-    base = home if os.access(home, os.W_OK) else pathlib.Path(tempfile.gettempdir())
-    os.environ["NUMBA_CACHE_DIR"] = str(base / f"mpidl-numba-{os.getuid()}")
+    for base in (pathlib.Path.home() / ".cache", pathlib.Path(tempfile.gettempdir())):
+        path = base / f"mpidl-numba-{os.getuid()}"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.lstat()
+        except OSError:
+            continue
+        # What lies there is loaded as code: a directory that somebody else may write is not to be trusted.
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            os.environ["NUMBA_CACHE_DIR"] = str(path)
+            return
+    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="mpidl-numba-")
 
 
 _ensure_cache_directory()
 
 import numba  # noqa: E402  (the cache directory is read when Numba is imported)
+from numba import float64 as float64  # noqa: E402
 from numba.core import types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
 
 def kernel(signature: str) -> Callable[[Function], Function]:
-    """Compile a function for one signature, now, without the GIL, cached on disk."""
-    decorator: Callable[[Function], Function] = numba.njit(
+    """Compile a function for one signature, now, without the GIL, cached on disk.
+
+    The processes of a machine take turns: the first one compiles, the others find what it has cached.
+    """
+    compiled: Callable[[Function], Function] = numba.njit(
         signature, cache=True, nogil=True, fastmath=False, error_model="numpy", boundscheck=False
     )
+
+    def decorator(function: Function) -> Function:
+        with open(__file__, "rb") as lock:
+            with contextlib.suppress(OSError):  # some network file systems cannot: then each compiles for itself
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return compiled(function)
+
     return decorator
 
 
@@ -46,7 +69,7 @@ def inlined(function: Function) -> Function:
     return compiled
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float32_pointer(typing_context: Any, address: Any) -> Any:
     """Turn an address (int64) into a pointer to float32, for `numba.carray`."""
     signature = types.CPointer(types.float32)(types.int64)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numba import carray
 
-from mpidl.kernels._jit import float32_pointer, inlined, kernel
+from mpidl.kernels._jit import float32_pointer, float64, inlined, kernel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,20 +38,21 @@ def _add_block(rows: Any, additions: Any, first: int, size: int) -> None:
 
 @inlined
 def _square_sum(values: Any) -> Any:
+    # Numba's float() of a float32 is a float32: the products would be rounded, and overflow from 1.8e19 on.
     size = values.shape[0]
     whole = size - size % 8
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
     for i in range(0, whole, 8):
-        s0 += float(values[i]) * float(values[i])
-        s1 += float(values[i + 1]) * float(values[i + 1])
-        s2 += float(values[i + 2]) * float(values[i + 2])
-        s3 += float(values[i + 3]) * float(values[i + 3])
-        s4 += float(values[i + 4]) * float(values[i + 4])
-        s5 += float(values[i + 5]) * float(values[i + 5])
-        s6 += float(values[i + 6]) * float(values[i + 6])
-        s7 += float(values[i + 7]) * float(values[i + 7])
+        s0 += float64(values[i]) * float64(values[i])
+        s1 += float64(values[i + 1]) * float64(values[i + 1])
+        s2 += float64(values[i + 2]) * float64(values[i + 2])
+        s3 += float64(values[i + 3]) * float64(values[i + 3])
+        s4 += float64(values[i + 4]) * float64(values[i + 4])
+        s5 += float64(values[i + 5]) * float64(values[i + 5])
+        s6 += float64(values[i + 6]) * float64(values[i + 6])
+        s7 += float64(values[i + 7]) * float64(values[i + 7])
     for i in range(whole, size):
-        s0 += float(values[i]) * float(values[i])
+        s0 += float64(values[i]) * float64(values[i])
     return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
 
 

@@ -7,6 +7,7 @@ parse the same arguments, and rank 0 alone prints.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,14 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for a mistake of the user's, others as `errors` has them.
     """
+    from mpidl import runtime
+
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
-        if _is_printing():
-            print(f"mpidl: error: {error}", file=sys.stderr)
+        if (runtime.launched_size() or 1) > 1:
+            return runtime.run_command(functools.partial(_refuse, error))
+        print(f"mpidl: error: {error}", file=sys.stderr)
         return error.exit_code
-    from mpidl import runtime
-
     return runtime.run_command(lambda: _COMMANDS[parsed.command](parsed))
 
 
@@ -122,6 +124,15 @@ def _start(load: Callable[[], Config]) -> tuple[Config, World]:
     return config, world
 
 
+def _refuse(error: ConfigError) -> None:
+    """Leave together with the other ranks, whose arguments may be right. Collective."""
+
+    def fail() -> NoReturn:
+        raise error
+
+    _start(fail)
+
+
 def _training_config(parsed: argparse.Namespace) -> Config:
     if parsed.resume is None:
         return configuration.load(parsed.job, parsed.overrides)
@@ -154,12 +165,14 @@ def train(parsed: argparse.Namespace) -> None:
     from mpidl import job
     from mpidl.telemetry import Telemetry
 
-    run_dir = None
+    run_dir, give_back = None, None
     with world.agreed("making the run directory"):
         if world.rank == 0 and parsed.resume:
-            run_dir = job.reopen_run_dir(config, Path(parsed.resume))
+            run_dir = Path(parsed.resume)
+            give_back = job.reopen_run_dir(config, run_dir)
         elif world.rank == 0:
             run_dir = job.claim_run_dir(config, _run_name(parsed.job, config.data))
+            give_back = functools.partial(job.release_run_dir, run_dir)
     run_dir = world.broadcast_object(run_dir)
     telemetry = Telemetry(run_dir if world.rank == 0 else None, quiet=world.rank != 0)
     try:
@@ -167,8 +180,8 @@ def train(parsed: argparse.Namespace) -> None:
         trainer.fit(train_set, validation_set, epochs=config.epochs, resume=bool(parsed.resume))
     finally:
         telemetry.close()
-        if world.rank == 0 and not parsed.resume:
-            job.release_run_dir(run_dir)
+        if give_back is not None:
+            give_back()
 
 
 def evaluate(parsed: argparse.Namespace) -> None:

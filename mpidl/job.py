@@ -230,19 +230,36 @@ def _claim(config: Config, path: Path) -> bool:
     return True
 
 
-def reopen_run_dir(config: Config, path: Path) -> Path:
+def reopen_run_dir(config: Config, path: Path) -> Callable[[], None]:
     """Write the configuration that a resumed run goes on with; rank 0's task.
+
+    Returns:
+        To be called when the run has ended: puts the earlier configuration back if it did not even begin.
 
     Raises:
         ConfigError: the directory cannot be written.
     """
+    file, metrics = path / CONFIG_FILE, path / "metrics.jsonl"
+
+    def num_recorded() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    def give_back() -> None:
+        if num_recorded() == recorded:
+            _replace(file, earlier)
+
     try:
-        fresh = path / f"{CONFIG_FILE}.new"
-        fresh.write_text(_resolved(config, path), encoding="utf-8")
-        fresh.replace(path / CONFIG_FILE)
+        earlier, recorded = file.read_text(encoding="utf-8"), num_recorded()
+        _replace(file, _resolved(config, path))
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; check its permissions") from None
-    return path
+    return give_back
+
+
+def _replace(file: Path, text: str) -> None:
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(file)
 
 
 def release_run_dir(path: Path) -> None:

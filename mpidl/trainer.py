@@ -118,20 +118,24 @@ class Trainer:
             train = as_source(train_set)
             validation = None if validation_set is None else as_source(validation_set)
         with self.world.agreed("preparing the run directory"):
-            self._prepare_run_dir()
+            self._prepare_run_dir(resume)
         manager = self._open_manager()
-        training = Training(
-            self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume
-        )
+        training = Training(self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume)
         try:
             return training.run()
         finally:
             training.close()
 
-    def _prepare_run_dir(self) -> None:
+    def _prepare_run_dir(self, resume: bool) -> None:
         run_dir = self._settings.run_dir
         if run_dir is None or self.world.rank > 0:
             return
+        found = checkpoint.list_checkpoints(run_dir)
+        if found and not resume:
+            raise ConfigError(
+                f"the run directory {run_dir} holds checkpoints of an earlier run (epoch {found[-1][0]}); go on with "
+                "resume=True, or choose another run_dir"
+            )
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             probe = run_dir / f".writable-{os.getpid()}"
@@ -147,7 +151,8 @@ class Trainer:
         with self.world.agreed("reading the data"):
             source = as_source(data_set)
         self._open_manager()
-        return self._settings.evaluate(self.world, source)
+        with self._settings.open_validation_loader(source) as loader:
+            return self._settings.evaluate(self.world, source, loader)
 
     def load(self, path: str | pathlib.Path) -> None:
         """Take weights from a run directory, a checkpoint or a safetensors file.

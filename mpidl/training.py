@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -38,6 +39,7 @@ from mpidl.scheduling import (
     ScheduleFactory,
     Triggers,
     capacity,
+    check_schedule,
     evaluate,
     num_iterations,
 )
@@ -79,10 +81,20 @@ class Settings:
                 f"batch_size {self.batch_size} is smaller than partitions {self.partitions}; every partition needs at "
                 "least one sample; raise batch_size or lower partitions"
             )
+        for name, value in self.model.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(
+                    f"{name} of the model's state dict is a {type(value).__name__}; checkpoints hold tensors only: "
+                    "keep it in a buffer instead of get_extra_state"
+                )
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
 
-    def evaluate(self, world: World, source: Source) -> dict[str, float]:
+    def open_validation_loader(self, source: Source) -> Loader:
+        """A loader for `evaluate`; the caller closes it."""
+        return Loader(source, seed=self.seed, num_workers=self.loader_workers, shuffle=False)
+
+    def evaluate(self, world: World, source: Source, loader: Loader) -> dict[str, float]:
         """The mean loss and metrics of a data set. Collective."""
         return evaluate(
             world,
@@ -92,7 +104,7 @@ class Settings:
             batch_size=self.eval_batch_size,
             metrics=self.metrics,
             seed=self.seed,
-            num_workers=self.loader_workers,
+            loader=loader,
         )
 
 
@@ -114,6 +126,7 @@ class Training:
         self._world = world
         self._manager = manager
         self._validation = validation
+        self._validation_loader: Loader | None = None
         self._telemetry = settings.telemetry
         if self._telemetry is None and world.rank == 0:
             self._telemetry = Telemetry(settings.run_dir)
@@ -137,16 +150,20 @@ class Training:
         )
         group_size = GroupSize(settings.group_size)
         with world.agreed("making the schedule"):
-            self._coordinator = self._make_coordinator(group_size) if world.rank == 0 else None
+            self._coordinator: Coordinator | None = None
+        with world.agreed("making the learning-rate schedule"):
+            if world.rank == 0:
+                self._coordinator = self._make_coordinator(group_size)
         size = capacity(group_size.largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
         self._epoch = np.zeros(3)  # loss_sum, weight, samples of the epoch so far
-        self._epoch_began = time.perf_counter()
+        self._began = self._epoch_began = time.perf_counter()
 
     def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
         settings = self._settings
         groups = [{k: v for k, v in g.items() if k != "params"} for g in settings.param_groups or [{}]]
+        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations)
         return Coordinator(
             num_samples=self._num_samples,
             batch_size=settings.batch_size,
@@ -160,6 +177,8 @@ class Training:
     def close(self) -> None:
         """Complete what was started and end the loader."""
         self._loader.close()
+        if self._validation_loader is not None:
+            self._validation_loader.close()
         if self._telemetry is not None:
             self._telemetry.close()
 
@@ -167,7 +186,6 @@ class Training:
 
     def run(self) -> list[dict[str, Any]]:
         """Run all groups; returns the events of epochs and validations."""
-        began = time.perf_counter()
         self._record("start", **describe_start(self._facts()))
         if not self._settings.model.training:
             self._settings.model.train()
@@ -178,7 +196,7 @@ class Training:
             following = self._run_group(first)
             while following is not None:
                 following = self._run_group(following)
-        self._finish(time.perf_counter() - began)
+        self._finish(time.perf_counter() - self._began)
         return self._history
 
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
@@ -194,7 +212,7 @@ class Training:
                 table = self._executor.iterate(plan, index)
             except NonFiniteLossError as error:
                 self._channel.drop()
-                self._fail(error)
+                self._fail(error, done=plan.first_iteration + index)
                 raise
             sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
             if index == 0 and not is_last:
@@ -239,7 +257,9 @@ class Training:
             self._epoch[:] = 0
         if plan.actions & Action.VALIDATE and self._validation is not None:
             began = time.perf_counter()
-            result = self._settings.evaluate(self._world, self._validation)
+            if self._validation_loader is None:
+                self._validation_loader = self._settings.open_validation_loader(self._validation)
+            result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
             self._event("validation", epoch=epoch, iteration=done, **result, seconds=time.perf_counter() - began)
         if plan.actions & Action.CHECKPOINT:
             self._save(epoch, done)
@@ -303,12 +323,21 @@ class Training:
         self._last_checkpoint = path
         return int(progress["iteration"])
 
-    def _fail(self, error: NonFiniteLossError) -> None:
+    def _fail(self, error: NonFiniteLossError, done: int) -> None:
+        """Say where the last good weights are, and record the end after `done` iterations."""
         last = self._last_checkpoint
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         advice = "; lower the learning rate, or look at that batch"
-        error.args = (f"{error}; all ranks stopped before its update; {kept}{advice}",)
-        self._record("end", status="failed", message=str(error), run_dir=_text(self._settings.run_dir))
+        error.args = (f"{error}; all ranks stopped there; {kept}{advice}",)
+        self._record(
+            "end",
+            status="failed",
+            message=str(error),
+            iterations=done,
+            epochs=done // self._triggers.iterations_per_epoch,
+            seconds=time.perf_counter() - self._began,
+            run_dir=_text(self._settings.run_dir),
+        )
 
     def _finish(self, seconds: float) -> None:
         weights = None

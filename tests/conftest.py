@@ -20,7 +20,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import faulthandler
+import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Generator
@@ -209,6 +211,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     ranks = Ranks()
     config.stash[RANKS] = ranks
+    if config.option.basetemp is None:
+        # A folder of this rank's own: where several ranks clear pytest's old ones away at once, some fail over it.
+        config.option.basetemp = tempfile.mkdtemp(prefix="mpidl-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     if ranks.rank != 0:
         config.option.xmlpath = None  # one report file
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 from typing import Any
 
+import torch
+
 from mpidl.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
+_KEYS = {"tensors", "layout", "aliases", "shards", "rest", "optimizer", "buffers", "progress"}
 _NAME = re.compile(r"epoch-(\d{6})")
 
 
@@ -42,6 +46,11 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own in the usual order, as safetensors wants it."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def usual_mode(path: pathlib.Path) -> None:
     """Give a file the mode that the user's umask says; safetensors makes it the owner's only."""
     mask = os.umask(0)
@@ -67,7 +76,33 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != 1:
         raise CheckpointError(f"{path / MANIFEST} is not of format 1, the one that this version reads")
+    missing = sorted(_KEYS - manifest.keys())
+    if missing:
+        raise CheckpointError(f"{path / MANIFEST} lacks {', '.join(missing)}: it is damaged")
+    try:
+        _check_shards(manifest)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from None
     return manifest
+
+
+def _check_shards(manifest: dict[str, Any]) -> None:
+    """Raise unless the shards cover all elements, and all entries are of the types that readers expect."""
+    position = 0
+    for entry in manifest["shards"]:
+        if (int(entry["start"]), str(entry["file"]), len(entry["sha256"])) != (position, entry["file"], 64):
+            raise ValueError(f"shard {entry['file']} does not begin at element {position}")
+        position = int(entry["stop"])
+    total = sum(math.prod(int(length) for length in shape) for _, shape in manifest["tensors"])
+    if position != total:
+        raise ValueError(f"the shards end at element {position} of {total}")
+    dict(manifest["aliases"]), dict(manifest["progress"])
+    str(manifest["rest"]["file"]), len(manifest["rest"]["sha256"])
+    optimizer = manifest["optimizer"]
+    for state, options in zip(optimizer["state"], optimizer["options"], strict=True):
+        if state:
+            list(state["arrays"]), dict(state["scalars"]), list(state["tensor_scalars"])
+        dict(options)
 
 
 def digest(path: pathlib.Path) -> str:
@@ -85,7 +120,11 @@ def publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
         old = final.with_name(f".old-{final.name}")
         remove(old)
         final.rename(old)
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
         remove(old)
     else:
         temporary.rename(final)

@@ -11,8 +11,8 @@ A checkpoint is a directory `checkpoints/epoch-000003` of
 
 Phases of `save` (collective): 1. rank 0 makes a temporary directory; 2. every rank writes its file; 3. checksums and
 scalars are gathered; 4. rank 0 writes the rest and the manifest and renames the directory. After each phase the ranks
-agree; a rank that failed (a full disk) stops all with its message, and the previous checkpoint is untouched. If a rank
-dies, the temporary directory stays behind and is removed by the next save.
+agree; a rank that failed (a full disk) stops all with its message, the temporary directory is removed, and the previous
+checkpoint is untouched. If a rank dies, the temporary directory stays behind and is removed by the next save.
 
 Nothing is pickled: loading a stranger's checkpoint cannot run code.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,17 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from mpidl._version import __version__
-from mpidl.checkpoint.files import MANIFEST, digest, publish, read_manifest, remove, usual_mode, write_json
+from mpidl.checkpoint.files import (
+    MANIFEST,
+    contiguous_copy,
+    digest,
+    publish,
+    read_manifest,
+    remove,
+    sync,
+    usual_mode,
+    write_json,
+)
 from mpidl.errors import CheckpointError
 from mpidl.parameters import FlatLayout, ParameterManager
 from mpidl.parameters.state import group_options, merge_scalars
@@ -56,8 +67,19 @@ def save(manager: ParameterManager, path: pathlib.Path, progress: Mapping[str, A
     Raises:
         CheckpointError: on every rank: a file could not be written, or weights are not finite.
     """
-    world = manager.world
     temporary = path.with_name(f".new-{path.name}")
+    try:
+        _save(manager, temporary, path, progress)
+    except CheckpointError:  # on every rank
+        if manager.world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sizes = [file.stat().st_size for file in path.iterdir()] if manager.world.rank == 0 else []
+    return int(manager.world.broadcast_object(sum(sizes)))
+
+
+def _save(manager: ParameterManager, temporary: pathlib.Path, path: pathlib.Path, progress: Mapping[str, Any]) -> None:
+    world = manager.world
     with world.agreed("preparing a checkpoint"):
         if world.rank == 0:
             _attempt(lambda: _make_empty(temporary), temporary)
@@ -69,8 +91,6 @@ def save(manager: ParameterManager, path: pathlib.Path, progress: Mapping[str, A
             files = [shard for shard, _ in entries if shard]
             scalars = merge_scalars([own for _, own in entries])
             _attempt(lambda: _finish(manager, temporary, path, files, scalars, progress), temporary)
-    sizes = [file.stat().st_size for file in path.iterdir()] if world.rank == 0 else []
-    return int(world.broadcast_object(sum(sizes)))
 
 
 def _attempt(action: Any, path: pathlib.Path) -> Any:
@@ -78,12 +98,13 @@ def _attempt(action: Any, path: pathlib.Path) -> Any:
         return action()
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; the previous one is kept") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; the previous one is kept") from None
 
 
 def _make_empty(path: pathlib.Path) -> None:
-    remove(path)
+    for left_over in path.parent.glob(".new-*"):
+        remove(left_over)
     path.mkdir(parents=True)
 
 
@@ -108,6 +129,7 @@ def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str
     path = directory / f"shard-{rank:05d}-of-{manager.world.size:05d}.safetensors"
     save_arrays(arrays, path)
     usual_mode(path)
+    sync(path)  # by the host that wrote it: on network file systems nobody else can
     return {"file": path.name, "start": start, "stop": stop, "sha256": digest(path)}
 
 
@@ -119,12 +141,8 @@ def _finish(
     scalars: list[dict[str, Any]],
     progress: Mapping[str, Any],
 ) -> None:
-    trained = {slot.name for slot in manager.layout.slots}
-    state = manager.model.state_dict(keep_vars=True)
-    owner = {id(parameter): name for name, parameter in manager.model.named_parameters()}
-    aliases = {name: owner[id(t)] for name, t in state.items() if owner.get(id(t), name) != name}
-    rest = {name: t.detach().clone() for name, t in state.items() if name not in trained and name not in aliases}
-    save_tensors(rest, temporary / REST)
+    rest, aliases = _rest_of(manager)
+    save_tensors({name: contiguous_copy(tensor) for name, tensor in rest.items()}, temporary / REST)
     usual_mode(temporary / REST)
     write_json(
         temporary / MANIFEST,
@@ -142,10 +160,20 @@ def _finish(
                 "state": scalars,
                 "options": [_plain(options) for options in group_options(manager.optimizer)],
             },
+            "buffers": manager.travelling_buffers,
             "progress": dict(progress),
         },
     )
     publish(temporary, path)
+
+
+def _rest_of(manager: ParameterManager) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What is in the state dict and not trained, by name; and the second names of tied parameters."""
+    trained = {slot.name for slot in manager.layout.slots}
+    state = manager.model.state_dict(keep_vars=True)
+    owner = {id(parameter): name for name, parameter in manager.model.named_parameters()}
+    aliases = {name: owner[id(t)] for name, t in state.items() if owner.get(id(t), name) != name}
+    return {name: t for name, t in state.items() if name not in trained and name not in aliases}, aliases
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,19 +194,24 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
     with world.agreed(f"loading {path}"):
         manifest = read_manifest(path)
         _check_fits(manager, path, manifest)
+        _check_options(manager, path, manifest)
         if world.rank == 0:
             for entry in [*manifest["shards"], manifest["rest"]]:
                 _check_digest(path, entry)
     with world.agreed(f"loading {path}"):
         vectors = _read_shard(manager, path, manifest)
-        _load_rest(manager.model, path / REST)
+        rest = _read_rest(manager, path / REST)
     world.node_barrier()
+    for tensor, value in rest:
+        tensor.copy_(value)
     start, stop = manager.shard
     manager.weights[start:stop] = vectors.pop("weights")
     manager.shard_optimizer.load(vectors, manifest["optimizer"]["state"])
     for group, options in zip(manager.param_groups, manifest["optimizer"]["options"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        group["lr"] = options.get("lr", group["lr"])  # the other options are the same
     manager.publish()
+    if manifest["buffers"] is not None:
+        manager.settle_buffers(manifest["buffers"])
     progress: dict[str, Any] = manifest["progress"]
     return progress
 
@@ -194,6 +227,18 @@ def _check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping
             f"{path} is of {manifest['optimizer']['class']} with {len(manifest['optimizer']['options'])} param "
             f"groups, this run has {kind} with {len(manager.param_groups)}"
         )
+
+
+def _check_options(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """The optimizer's options must be those of the checkpoint; learning rates come with each plan."""
+    for index, options in enumerate(group_options(manager.optimizer)):
+        own = json.loads(json.dumps(_plain(options)))
+        for key, value in manifest["optimizer"]["options"][index].items():
+            if key in own and own[key] != value and key not in ("lr", "initial_lr"):
+                raise CheckpointError(
+                    f"{path} was written with {key} {value} in param group {index}, this run has {own[key]}; resume "
+                    "with the same"
+                )
 
 
 def _first_difference(given: list[Any], own: list[Any]) -> str:
@@ -213,9 +258,7 @@ def _check_digest(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's")
 
 
-def _read_shard(
-    manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]
-) -> dict[str, Float32Array]:
+def _read_shard(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Float32Array]:
     """This rank's part of every vector, float32, (shard size,), alignment gaps filled with zeros."""
     layout, shard = manager.layout, manager.shard
     keys = {"weights", *(f"state.{k}" for entry in manifest["optimizer"]["state"] for k in entry.get("arrays", []))}
@@ -245,18 +288,26 @@ def _overlaps(
         try:
             with safe_open(file, framework="numpy") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a dict)
-                    yield key, start, opened.get_slice(key)[start - entry["start"] : stop - entry["start"]]
+                    values = opened.get_slice(key)[start - entry["start"] : stop - entry["start"]]
+                    if values.shape != (stop - start,):
+                        raise CheckpointError(f"{file} holds {values.shape} elements of {key} from {start} to {stop}")
+                    yield key, start, values
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
-def _load_rest(model: torch.nn.Module, path: pathlib.Path) -> None:
-    """Copy buffers and frozen parameters into the model."""
-    own = model.state_dict()
-    for name, value in _load_tensors(path).items():
-        if name not in own or own[name].shape != value.shape:
-            raise CheckpointError(f"{path} holds {name} {tuple(value.shape)}, which this model does not have")
-        own[name].copy_(value)
+def _read_rest(manager: ParameterManager, path: pathlib.Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tensor of the model, its value) of every buffer and frozen parameter."""
+    own, found = _rest_of(manager)[0], _load_tensors(path)
+    for name, value in found.items():
+        if name not in own or own[name].shape != value.shape or own[name].dtype != value.dtype:
+            raise CheckpointError(
+                f"{path} holds {name} {tuple(value.shape)} {value.dtype}, which this model does not have"
+            )
+    missing = sorted(own.keys() - found.keys())
+    if missing:
+        raise CheckpointError(f"{path} does not hold {missing[0]}, which this model has; it is of another model")
+    return [(own[name].detach(), value) for name, value in found.items()]
 
 
 def _load_tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:

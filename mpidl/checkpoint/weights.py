@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mpidl.checkpoint.files import MANIFEST, list_checkpoints, sync, usual_mode
+from mpidl.checkpoint.files import MANIFEST, contiguous_copy, list_checkpoints, sync, usual_mode
 from mpidl.checkpoint.sharded import read_weights
 from mpidl.errors import CheckpointError
 
@@ -24,7 +24,7 @@ def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
     """
     temporary = path.with_name(f".new-{path.name}")
     try:
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, temporary)
+        save_file({name: contiguous_copy(tensor) for name, tensor in state.items()}, temporary)
         usual_mode(temporary)
         sync(temporary)
         temporary.replace(path)

@@ -6,8 +6,9 @@ weighted mean of these differences is added to the base by every rank alike. A b
 stays as it is, to the last bit, and a batch counter that every partition advanced by one advances by one.
 
 Which buffers travel: in the first iteration all persistent numeric ones; from then on those of normalisation layers
-that track statistics and those that the first iteration changed. The others (masks, tables) stay out. Buffers that are
-not persistent are caches and never travel.
+that track statistics and those that the first iteration changed (checkpoints keep their names). The others (masks,
+tables) stay out, and an error says so if forward changes one after all; so it is with bool and complex ones, which have
+no mean. Buffers that are not persistent are caches and each rank's own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class _Buffer:
     module: nn.Module
     key: str
     base: torch.Tensor
+    has_mean: bool
     always_travels: bool
+    seen: torch.Tensor | None = None
+    """The tensor that was last known to hold the base's values, and its version then."""
     version: int = 0
 
     @property
@@ -47,13 +51,18 @@ class _Buffer:
             )
         return found
 
+    def note(self) -> None:
+        """Remember that the tensor holds the base's values now."""
+        self.seen = self.tensor
+        self.version = self.seen._version
+
 
 class ModelBuffers:
     """The persistent numeric buffers of a model, and those of them that travel."""
 
     def __init__(self, model: nn.Module) -> None:
         self._all = _find(model)
-        self._travelling = self._all
+        self._travelling = [buffer for buffer in self._all if buffer.has_mean]
         self._settled = False
         self.layout = self._lay_out()
 
@@ -61,14 +70,14 @@ class ModelBuffers:
         return FlatLayout.of((buffer.name, tuple(buffer.base.shape)) for buffer in self._travelling)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All persistent numeric buffers as the modules hold them."""
+        """All persistent buffers as the modules hold them."""
         return [buffer.tensor for buffer in self._all]
 
     def take_base(self) -> None:
         """Make the modules' present values the base: at construction, and after weights were loaded."""
         for buffer in self._all:
             buffer.base = buffer.tensor.clone()
-            buffer.version = buffer.tensor._version
+            buffer.note()
 
     def reset(self) -> None:
         """Give the modules the values of the iteration's start."""
@@ -79,22 +88,27 @@ class ModelBuffers:
         """Write (value - base) * weight of every travelling buffer into a row of `layout.size` float32."""
         for buffer, slot in zip(self._travelling, self.layout.slots, strict=True):
             value = buffer.tensor
-            # Equal values give zero, also where both are infinite (an attention mask).
-            change = torch.where(value == buffer.base, 0, value - buffer.base).to(torch.float32) * weight
+            # Equal values give zero, also where both are infinite (an attention mask) or not a number.
+            is_equal = (value == buffer.base) | (value.isnan() & buffer.base.isnan())
+            change = torch.where(is_equal, 0, value - buffer.base).to(torch.float32) * weight
             row[slot.offset : slot.stop] = change.reshape(-1).numpy()
         self._check_still()
 
     def _check_still(self) -> None:
-        if not self._settled:
-            return
+        """Raise unless the buffers that do not travel have their base's values."""
         travelling = {buffer.name for buffer in self._travelling}
         for buffer in self._all:
-            if buffer.name not in travelling and buffer.tensor._version != buffer.version:
+            tensor = buffer.tensor
+            if buffer.name in travelling or (tensor is buffer.seen and tensor._version == buffer.version):
+                continue
+            if not torch.equal(tensor, buffer.base):
                 raise LayoutError(
-                    f"buffer {buffer.name} was changed by forward for the first time after the first iteration, so "
-                    "it is not among those that are averaged over ranks; change it in every iteration, or register "
-                    "it with persistent=False if each rank may keep its own"
+                    f"buffer {buffer.name} was changed and is not among those that are averaged over ranks "
+                    f"({'it changed after the first iteration only' if buffer.has_mean else 'it has no mean'}); "
+                    "change it in every iteration, register it with persistent=False if each rank may keep its own, "
+                    "or use load_weights to change it yourself"
                 )
+            buffer.note()
 
     def advance(self, mean_change: Float32Array) -> bool:
         """Add the weighted mean of all partitions' changes to the base, and give it to the modules.
@@ -111,32 +125,40 @@ class ModelBuffers:
             change = torch.from_numpy(mean_change[slot.offset : slot.stop]).reshape(slot.shape)
             if torch.any(change != 0):
                 changed.add(buffer.name)
-            if buffer.base.is_floating_point():
-                buffer.base += change.to(buffer.base.dtype)
-            else:
-                buffer.base += torch.round(change).to(buffer.base.dtype)
+            whole = change if buffer.base.is_floating_point() else torch.round(change)
+            # Not base + 0: that makes a negative zero positive.
+            buffer.base = torch.where(change == 0, buffer.base, buffer.base + whole.to(buffer.base.dtype))
         self.reset()
         return not self._settled and self._settle(changed)
 
     def _settle(self, changed: set[str]) -> bool:
         self._settled = True
-        before = len(self._travelling)
-        self._travelling = [b for b in self._all if b.always_travels or b.name in changed]
+        before = self._travelling
+        self._travelling = [b for b in self._all if b.has_mean and (b.always_travels or b.name in changed)]
         self.layout = self._lay_out()
         for buffer in self._all:
-            buffer.version = buffer.tensor._version
-        return len(self._travelling) != before
+            buffer.note()
+        return len(self._travelling) != len(before)
+
+    @property
+    def settled_names(self) -> list[str] | None:
+        """The buffers that travel, by name; None before the first iteration has ended."""
+        return [buffer.name for buffer in self._travelling] if self._settled else None
+
+    def settle(self, names: list[str]) -> bool:
+        """Let these travel from now on, as in the run that a checkpoint is of; returns whether `layout` has changed."""
+        return self._settle(set(names))
 
 
 def _find(model: nn.Module) -> list[_Buffer]:
     found, seen = [], set()
     for prefix, module in model.named_modules():
         for key, tensor in module._buffers.items():
-            numeric = tensor is not None and tensor.dtype != torch.bool and not tensor.is_complex()
-            if not numeric or tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
+            if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                 continue
+            has_mean = tensor.dtype != torch.bool and not tensor.is_complex()
             seen.add(id(tensor))
             name = f"{prefix}.{key}" if prefix else key
             tracks = isinstance(module, _NormBase) and module.track_running_stats
-            found.append(_Buffer(name, module, key, tensor.detach().clone(), tracks))
+            found.append(_Buffer(name, module, key, tensor.detach().clone(), has_mean, tracks))
     return found

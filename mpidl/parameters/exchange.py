@@ -90,7 +90,7 @@ class Exchange:
         for shard in self.duties():
             if world.node_of[shard] != world.node:
                 receive_counts[shard] = pieces[shard][1] - pieces[shard][0]
-        # The two buffers may not begin at the same address: Open MPI's non-blocking calls take that for MPI_IN_PLACE.
+        # The two buffers may not begin at the same address. A rank without elements of its own sends an empty slice.
         base = stop if start == 0 else 0
         receive_offsets = [max(0, piece[0] - base) for piece in pieces]
         nothing = [0] * world.size

@@ -80,15 +80,17 @@ class ParameterManager:
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
+        self._trained = {id(parameter) for _, parameter in self._parameters}
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
         self._sync = self._allocate(REDUCTIONS[reduction])
-        self._place_model()
+        self._place_model(with_caches=True)
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
                 optimizer, self._groups, self.layout, self.weights, self._sync.gradient, self.shard
             )
+        self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
     def _allocate(self, reduction: Reduction) -> Synchronizer:
@@ -104,9 +106,9 @@ class ParameterManager:
             self.world = self.world.without_shared_memory()
             return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction)
 
-    def _place_model(self) -> None:
+    def _place_model(self, *, with_caches: bool) -> None:
         """Let the model live in the node's weights, and autograd in this rank's rows."""
-        weights.place(self.world, self.model, self._parameters, self.layout, self.weights)
+        weights.place(self.world, self.model, self._parameters, self.layout, self.weights, with_caches=with_caches)
         self._buffers.take_base()
         self._rows = GradientRows(self._parameters, self.layout, self._sync.gradients.rows)
         self._rows.open(0)
@@ -133,11 +135,13 @@ class ParameterManager:
     def _close_row(self, weight: float) -> None:
         self._rows.close()
         self._buffers.write_changes(self._sync.changes.rows[self._rows.slot], weight)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                raise LayoutError(
-                    f"parameter {name} was frozen when the ParameterManager was made; make a new one to train it"
-                )
+        new = {id(p): p for p in self.model.parameters() if p.requires_grad and id(p) not in self._trained}
+        if new:
+            name = next(name for name, parameter in self.model.named_parameters() if id(parameter) in new)
+            raise LayoutError(
+                f"parameter {name} was frozen, or not there, when the ParameterManager was made; make a new one to "
+                "train it"
+            )
 
     def synchronize(self, assignment: Assignment) -> NDArray[np.float64]:
         """Sum, update and share the weights, once every rank has ended its partitions. Collective.
@@ -148,7 +152,9 @@ class ParameterManager:
         Raises:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
         """
-        return self._sync.synchronize(assignment, self._update)
+        table = self._sync.synchronize(assignment, self._update)
+        self._rows.tell_autograd()
+        return table
 
     # --- a loop of your own ---------------------------------------------------------------------------------------
 
@@ -233,6 +239,16 @@ class ParameterManager:
         self.world.node_barrier()
         self._buffers.take_base()
 
+    @property
+    def travelling_buffers(self) -> list[str] | None:
+        """The names of the buffers that are averaged over ranks; None before the first iteration has ended."""
+        return self._buffers.settled_names
+
+    def settle_buffers(self, names: list[str]) -> None:
+        """Average these buffers from now on, as the run did whose checkpoint is loaded. Collective."""
+        if self._buffers.settle(names):
+            self._sync.lay_out_changes()
+
     def load_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Replace weights and buffers on all ranks by rank 0's `state_dict`; the way to edit them. Collective.
 
@@ -245,7 +261,7 @@ class ParameterManager:
         self.world.node_barrier()
         if self.world.rank == 0:
             self.model.load_state_dict(state_dict)
-        self._place_model()
+        self._place_model(with_caches=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in torch's own format, on rank 0; {} on the others. Collective."""
@@ -253,9 +269,7 @@ class ParameterManager:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take rank 0's `state_dict`, on any number of ranks; the others may pass anything. Collective."""
-        load_full_state(
-            self.world, self._update, self._groups, self.layout, self._sync.gradients.shards, state
-        )
+        load_full_state(self.world, self._update, self._groups, self.layout, self._sync.gradients.shards, state)
 
     def take_times(self) -> dict[str, float]:
         """Seconds by phase since the last call."""

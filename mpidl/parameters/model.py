@@ -55,6 +55,9 @@ def group_parameters(
             raise LayoutError(f'param group {index} is not a dict with the key "params"')
         members = group["params"]
         members = [members] if isinstance(members, torch.Tensor) else list(members)
+        if not all(isinstance(member, torch.Tensor) for member in members):
+            kinds = ", ".join(sorted({type(member).__name__ for member in members}))
+            raise LayoutError(f'"params" of param group {index} holds {kinds}; it must be parameters of the model')
         unknown = [tuple(member.shape) for member in members if id(member) not in names]
         if unknown:
             raise LayoutError(f"param group {index} holds a tensor of shape {unknown[0]} that the model does not train")

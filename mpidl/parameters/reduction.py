@@ -53,9 +53,7 @@ class Rows:
 class Reduction(Protocol):
     """Brings the rows of one vector to the owners of its shards. Collective."""
 
-    def __call__(
-        self, exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None
-    ) -> Rows:
+    def __call__(self, exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None) -> Rows:
         """Phases 1 and 2 for one vector; `counters`, when given, are complete afterwards."""
         ...
 

@@ -17,7 +17,7 @@ class GradientRows:
     """The rows that this rank's backward passes add into, one open at a time.
 
     Args:
-        parameters: (name, parameter) in the layout's order.
+        parameters: (name, parameter) in the layout's order, already views of the node's weights.
         layout: of a row.
         rows: float32, (layout.size,) each; written by this rank's autograd while open.
     """
@@ -33,6 +33,7 @@ class GradientRows:
         self._views = [
             [torch.from_numpy(row[slot.offset : slot.stop]).view(slot.shape) for slot in layout.slots] for row in rows
         ]
+        self._addresses = [parameter.data_ptr() for _, parameter in parameters]
         self.slot = 0
         """The row that is open."""
 
@@ -47,16 +48,26 @@ class GradientRows:
         """Bring gradients that are not in the row (set to None by the user, or replaced) into it.
 
         Raises:
-            LayoutError: a gradient is sparse, or a parameter that was frozen before has one now.
+            LayoutError: a gradient is sparse, or a parameter's memory is not the node's weights any more.
         """
-        for (name, parameter), view in zip(self._parameters, self._views[self.slot], strict=True):
+        triples = zip(self._parameters, self._addresses, self._views[self.slot], strict=True)
+        for (name, parameter), address, view in triples:
+            if parameter.data_ptr() != address:
+                raise LayoutError(
+                    f"the memory of parameter {name} was replaced (by model.to(...) or `.data =`), so updates would "
+                    "not reach it; do that before the ParameterManager is made"
+                )
             gradient = parameter.grad
             if gradient is None:
                 view.zero_()
             elif gradient.layout != torch.strided:
                 raise LayoutError(f"the gradient of {name} is sparse; use sparse=False in the embedding")
             elif gradient.data_ptr() != view.data_ptr():
-                view.copy_(gradient)
+                view.copy_(gradient.detach())  # the graph behind it, with create_graph, must not live on here
+
+    def tell_autograd(self) -> None:
+        """Let graphs kept over an update fail, as after any change in place: the optimizer has views of its own."""
+        torch.autograd.graph.increment_version([parameter for _, parameter in self._parameters])
 
     def scale(self, factor: float) -> None:
         """Multiply the open row."""

@@ -65,9 +65,7 @@ def full_state(
     arrays = update.arrays()
     start, stop = update.shard
     keys = sorted({key for entry in scalars for key in entry.get("arrays", [])})
-    whole = {
-        key: gather_shards(world, arrays.get(key, np.zeros(stop - start, np.float32)), shards) for key in keys
-    }
+    whole = {key: gather_shards(world, arrays.get(key, np.zeros(stop - start, np.float32)), shards) for key in keys}
     if world.rank > 0:
         return {}
     slots = {slot.name: slot for slot in layout.slots}
@@ -151,7 +149,7 @@ def _flatten(
             if found and not entry:
                 entry = {
                     "arrays": sorted(tensors),
-                    "scalars": {k: float(v) for k, v in others.items()},
+                    "scalars": {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in others.items()},
                     "tensor_scalars": sorted(k for k, v in others.items() if isinstance(v, torch.Tensor)),
                 }
         scalars.append(entry)

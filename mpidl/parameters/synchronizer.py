@@ -73,6 +73,11 @@ class Synchronizer:
         self._buffers = buffers
         self._reduce = reduction
 
+    def lay_out_changes(self) -> None:
+        """Make the rows of buffers anew, after it has become known which travel. Collective."""
+        self.world.node_barrier()
+        self.changes = Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots)
+
     def merge_own_rows(self, assignment: Assignment, partition: int, slot: int) -> None:
         """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done."""
         start, _ = assignment.range_of(self.world.rank)
@@ -107,6 +112,7 @@ class Synchronizer:
             _check_table(table)
         except MpidlError:
             self._buffers.reset()  # forward has written into them
+            world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
             raise
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
@@ -118,9 +124,10 @@ class Synchronizer:
             self.gradients.distribute(self.squares, self._square_pieces)
             self._exchange_buffers(assignment, weight, plan)
         world.node_barrier()
-        if weight > 0 and self._buffers.advance(self.changes.result):
-            world.node_barrier()
-            self.changes = Exchange(world, self._buffers.layout.size, self.gradients.num_slots)
+        if not weight > 0:
+            self._buffers.reset()
+        elif self._buffers.advance(self.changes.result):
+            self.lay_out_changes()
         times.lap("allgather")
         return table
 
@@ -145,6 +152,9 @@ def _check_table(table: NDArray[np.float64]) -> None:
     bad = np.flatnonzero(~np.isfinite(table[:, fields.LOSS_SUM]))
     if bad.size:
         raise on_all_ranks(NonFiniteLossError(f"the loss of partition {bad[0]} is {table[bad[0], fields.LOSS_SUM]}"))
+    odd = np.flatnonzero(~(np.isfinite(table[:, fields.WEIGHT]) & (table[:, fields.WEIGHT] >= 0)))
+    if odd.size:
+        raise on_all_ranks(NonFiniteLossError(f"the weight of partition {odd[0]} is {table[odd[0], fields.WEIGHT]}"))
     flags = table[:, fields.FLAGS]
     if flags.min() != flags.max():
         raise on_all_ranks(

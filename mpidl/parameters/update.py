@@ -7,6 +7,7 @@ where everyone reads. State (momentum, moments) exists on the owner only: 1/worl
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class ShardOptimizer:
         shard: [start, stop) of the vector.
 
     Raises:
-        LayoutError: the factory does not give an element-wise torch optimizer.
+        LayoutError: the factory does not give an element-wise torch optimizer, or refuses its arguments.
     """
 
     def __init__(
@@ -62,12 +63,24 @@ class ShardOptimizer:
                 tensors.append(tensor)
             self.pieces.append(pieces)
             param_groups.append({**options, "params": tensors})
-        self.optimizer = factory(param_groups)
-        _check_element_wise(self.optimizer)
+        self._gradients = [[tensor.grad for tensor in group["params"]] for group in param_groups]
+        self.optimizer = _make(factory, param_groups)
 
     def step(self) -> None:
         """Update this rank's shard of the weights."""
+        for group, gradients in zip(self.optimizer.param_groups, self._gradients, strict=True):
+            for tensor, gradient in zip(group["params"], gradients, strict=True):
+                tensor.grad = gradient  # optimizer.zero_grad() takes it away
         self.optimizer.step()
+
+    def describe(self) -> str:
+        """A hash over what must be the same on all ranks: the optimizer's class and options."""
+        plain = (type(None), bool, int, float, str, tuple)
+        groups = [
+            sorted((key, repr(value)) for key, value in group.items() if isinstance(value, plain))
+            for group in self.optimizer.param_groups
+        ]
+        return hashlib.sha256(repr((type(self.optimizer).__qualname__, groups)).encode()).hexdigest()
 
     def _tensors(self) -> list[tuple[int, Piece, torch.Tensor]]:
         """(group, piece, tensor) of every tensor of the optimizer."""
@@ -100,7 +113,9 @@ class ShardOptimizer:
             entry = entries[index]
             entry["arrays"] = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 1)
             entry["scalars"] = {
-                k: float(v) for k, v in state.items() if isinstance(v, int | float) or _is_scalar_tensor(v)
+                k: v.item() if isinstance(v, torch.Tensor) else v
+                for k, v in state.items()
+                if isinstance(v, int | float) or _is_scalar_tensor(v)
             }
             entry["tensor_scalars"] = sorted(k for k, v in state.items() if _is_scalar_tensor(v))
         return entries
@@ -110,6 +125,9 @@ class ShardOptimizer:
         start = self.shard[0]
         for index, piece, tensor in self._tensors():
             entry = scalars[index]
+            if piece[0] == piece[1]:
+                continue
+            self.optimizer.state.pop(tensor, None)
             if not entry:
                 continue
             state: dict[str, Any] = {}
@@ -122,6 +140,23 @@ class ShardOptimizer:
 
 def _is_scalar_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0
+
+
+def _make(factory: OptimizerFactory, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    try:
+        optimizer = factory(param_groups)
+    except (TypeError, ValueError) as error:  # Muon, for one, refuses one-dimensional tensors by itself
+        raise LayoutError(
+            f"the optimizer cannot be made over shards: {error}; those that can are {', '.join(ELEMENT_WISE)}"
+        ) from error
+    _check_element_wise(optimizer)
+    given = [id(tensor) for group in param_groups for tensor in group["params"]]
+    if [id(tensor) for group in optimizer.param_groups for tensor in group["params"]] != given:
+        raise LayoutError(
+            f"the {type(optimizer).__name__} holds other tensors than those it was given; it must be made of the "
+            "callable's argument, not of model.parameters()"
+        )
+    return optimizer
 
 
 def _check_element_wise(optimizer: torch.optim.Optimizer) -> None:

@@ -23,7 +23,13 @@ Parameters = Sequence[tuple[str, nn.Parameter]]
 
 
 def place(
-    world: World, model: nn.Module, parameters: Parameters, layout: FlatLayout, weights: Float32Array
+    world: World,
+    model: nn.Module,
+    parameters: Parameters,
+    layout: FlatLayout,
+    weights: Float32Array,
+    *,
+    with_caches: bool,
 ) -> None:
     """Give all ranks rank 0's weights, as views of `weights`, and rank 0's other tensors. Collective.
 
@@ -33,6 +39,7 @@ def place(
         parameters: the trainable ones, in the layout's order.
         layout: of `weights`.
         weights: float32, (layout.size,), the node's copy; overwritten.
+        with_caches: whether buffers that are not persistent go to all ranks too. Later on each rank has its own.
     """
     if world.rank == 0:
         for (_, parameter), slot in zip(parameters, layout.slots, strict=True):
@@ -42,7 +49,7 @@ def place(
         parameter.data = torch.from_numpy(weights[slot.offset : slot.stop]).view(slot.shape)
     trained = {id(parameter) for _, parameter in parameters}
     frozen = [parameter.data for parameter in model.parameters() if id(parameter) not in trained]
-    for tensor in [*frozen, *model.buffers()]:
+    for tensor in [*frozen, *_buffers(model, with_caches)]:
         _broadcast_tensor(world, tensor)
 
 
@@ -64,9 +71,24 @@ def _to_all_nodes(world: World, weights: Float32Array) -> None:
     world.node_barrier()
 
 
+def _buffers(model: nn.Module, with_caches: bool) -> list[torch.Tensor]:
+    """The model's buffers; those that are expanded (several elements in one place) get memory of their own."""
+    found = []
+    for module in model.modules():
+        for key, tensor in module._buffers.items():
+            if tensor is None or (key in module._non_persistent_buffers_set and not with_caches):
+                continue
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                module._buffers[key] = tensor
+            found.append(tensor)
+    return found
+
+
 def _broadcast_tensor(world: World, tensor: torch.Tensor) -> None:
     """Overwrite a tensor of any dtype with rank 0's. Collective."""
-    values = tensor.detach().reshape(-1).clone()
+    # A tensor of one element may have any stride, and keeps it in a plain clone.
+    values = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
     world.broadcast(values.view(torch.uint8).numpy())
     tensor.copy_(values.view(tensor.shape))
 

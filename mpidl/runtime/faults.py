@@ -5,13 +5,18 @@ Three kinds of errors:
 - An error that all ranks have agreed on (`on_all_ranks`): rank 0 prints its message, every rank leaves with its code.
 - Anything uncaught on one rank: that rank prints its traceback, each line behind `[rank r]`, and aborts the job, so
   that no other rank is left waiting. When several ranks of a machine fail alike, the first prints and the others
-  keep quiet: the right to print is a file that only one can create, removed before the job is aborted.
-- `sys.exit(code)` on one rank is caught only where `run_command` is the main function.
+  keep quiet: the right to print is an empty file that all have open and that the first one writes to. It has no name
+  any more when training begins, so that nothing is left behind, and it is taken for as long as any rank lives.
+- `sys.exit(code)` with another code than 0 on one rank ends the others, unless they leave as well within a few seconds.
+  `raise SystemExit`, `exit()` and `quit()` are seen only where `run_command` is the main function.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
+import math
 import os
 import pathlib
 import sys
@@ -21,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from mpidl.errors import MpidlError, UserError
 from mpidl.runtime.launcher import launched_rank
@@ -30,6 +35,9 @@ Error = TypeVar("Error", bound=MpidlError)
 
 _OTHERS_PRINT_S = 2.0
 """How long a rank that lost the right to print waits before it aborts: the winner's text must get out."""
+
+_OTHERS_LEAVE_S = 3.0
+"""How long a rank that leaves with an error code waits for the others to leave as well, before it ends them."""
 
 _AGREED_MARK = "_mpidl_on_all_ranks"
 
@@ -48,32 +56,56 @@ def is_on_all_ranks(error: BaseException) -> bool:
 class _Job:
     """What the hooks need to know of the running job."""
 
-    def __init__(self, rank: int, size: int, abort: Callable[[int], None], key: str) -> None:
+    def __init__(
+        self, rank: int, size: int, abort: Callable[[int], None], all_leave: Callable[[float], bool], right: int | None
+    ) -> None:
         self.rank = rank
         self.size = size
         self.abort = abort
-        self.lock = pathlib.Path(tempfile.gettempdir()) / f"mpidl-{os.getuid()}-{key}.failed"
+        self.all_leave = all_leave
+        self.process = os.getpid()
+        self.exit_code = 0
+        self.right = right
 
 
 _job: _Job | None = None
 
 
-def install(rank: int, size: int, abort: Callable[[int], None], key: str) -> None:
-    """Make an uncaught exception on any rank, in any thread, end the whole job.
+def open_right(key: str) -> tuple[pathlib.Path, int | None]:
+    """Make or open the file that is the right to print; the caller unlinks it when all ranks of the machine have it.
+
+    Args:
+        key: a word that is the same on all ranks and belongs to this job only.
+
+    Returns:
+        Its path and descriptor, None where it cannot be made: such a rank always prints.
+    """
+    path = pathlib.Path(tempfile.gettempdir()) / f"mpidl-{os.getuid()}-{key}.failed"
+    try:
+        return path, os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return path, None
+
+
+def install(
+    rank: int, size: int, abort: Callable[[int], None], all_leave: Callable[[float], bool], right: int | None = None
+) -> None:
+    """Make an uncaught exception on any rank, in any thread, and `sys.exit(code)` on some ranks end the whole job.
 
     Args:
         rank: this rank.
         size: ranks of the job; a job of one keeps Python's own behaviour.
         abort: ends all ranks with an exit code.
-        key: a word that is the same on all ranks and belongs to this job only.
+        all_leave: waits some seconds for all ranks to call it as well, and tells whether they did.
+        right: what `open_right` gave; None: no other rank shares this one's errors.
     """
     global _job
-    _job = _Job(rank, size, abort, key)
+    _job = _Job(rank, size, abort, all_leave, right)
     if size > 1:
+        sys.exit = _exit
+        atexit.register(_leave)
         sys.excepthook = _on_uncaught
-        threading.excepthook = lambda hook: _on_uncaught(
-            hook.exc_type, hook.exc_value or hook.exc_type(), hook.exc_traceback
-        )
+        threading.excepthook = _on_uncaught_in_thread
 
 
 def warn(message: str) -> None:
@@ -82,8 +114,32 @@ def warn(message: str) -> None:
         print(f"mpidl: warning: {message}", file=sys.stderr, flush=True)
 
 
+def _exit(status: object = None) -> NoReturn:
+    """What `sys.exit` does, remembered: at the interpreter's end nothing else tells the code."""
+    if _job is not None and threading.current_thread() is threading.main_thread():
+        _job.exit_code = int(status is not None) if not isinstance(status, int) else status
+    raise SystemExit(status)
+
+
+def _leave() -> None:
+    """At the interpreter's end: the ranks leave together, since MPI would wait there without saying why."""
+    if _job is None or _job.process != os.getpid():  # a child made by fork is no rank
+        return
+    if _job.all_leave(_OTHERS_LEAVE_S if _job.exit_code else math.inf):
+        return
+    told = f"[rank {_job.rank}] left with code {_job.exit_code} while others go on; all end"
+    print(told, file=sys.stderr, flush=True)
+    time.sleep(0.1)
+    _job.abort(_job.exit_code)
+
+
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     end_job(error.with_traceback(trace))
+
+
+def _on_uncaught_in_thread(hook: threading.ExceptHookArgs) -> None:
+    if hook.exc_type is not SystemExit:  # which ends its thread only, as Python has it
+        _on_uncaught(hook.exc_type, hook.exc_value or hook.exc_type(), hook.exc_traceback)
 
 
 def end_job(error: BaseException) -> int:
@@ -102,7 +158,6 @@ def end_job(error: BaseException) -> int:
     if _may_print(_job):
         _print_with_rank(error, _job.rank)
         time.sleep(0.1)
-        _job.lock.unlink(missing_ok=True)
     else:
         time.sleep(_OTHERS_PRINT_S)
     _job.abort(code)
@@ -110,13 +165,19 @@ def end_job(error: BaseException) -> int:
 
 
 def _may_print(job: _Job) -> bool:
+    """Whether this rank is the first of its machine to fail."""
+    if job.right is None:
+        return True
     try:
-        os.close(os.open(job.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        return False
+        fcntl.flock(job.right, fcntl.LOCK_EX)
+        try:
+            is_first = os.fstat(job.right).st_size == 0
+            os.write(job.right, b"!")
+        finally:
+            fcntl.flock(job.right, fcntl.LOCK_UN)
     except OSError:
         return True
-    return True
+    return is_first
 
 
 def _print_alone(error: BaseException) -> None:
@@ -150,6 +211,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         return command() or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):  # as Python does with sys.exit("message")
+            print(error.code, file=sys.stderr, flush=True)
         if code and _job is not None and _job.size > 1:
             _job.abort(code)
         return code

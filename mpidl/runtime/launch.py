@@ -25,6 +25,10 @@ from mpidl.runtime.faults import run_command
 from mpidl.runtime.launcher import launched_size, without_launcher
 
 
+_LAUNCHER_ENDS_S = 10.0
+"""How long the launcher may take to end its ranks."""
+
+
 class RemoteError(LaunchError):
     """The function failed on some rank; the message holds what the ranks printed."""
 
@@ -72,17 +76,36 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
         (directory / "function").write_bytes(cloudpickle.dumps((function, args)))
         command = [mpirun(), "-n", str(n), sys.executable, "-m", "mpidl.runtime.launch", name]
         environment = {**launch_environment(), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
-            done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            raise LaunchError(f"{n} ranks did not end within {timeout} s and were ended") from None
-        print(done.stdout, end="")
-        if done.returncode:
-            raise RemoteError(f"a rank failed (exit code {done.returncode}):\n{done.stderr.strip()}")
-        print(done.stderr, end="", file=sys.stderr)
+            printed, errors = process.communicate(timeout=timeout)
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise LaunchError(f"{n} ranks did not end within {timeout} s and were ended") from None
+            raise
+        print(printed, end="")
+        if process.returncode:
+            raise RemoteError(f"a rank failed (exit code {process.returncode}):\n{errors.strip()}")
+        print(errors, end="", file=sys.stderr)
         return [pickle.loads((directory / f"result-{rank}").read_bytes()) for rank in range(n)]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the launcher in a way that lets it end its ranks first, wherever they are."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_LAUNCHER_ENDS_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _run_here(directory: pathlib.Path) -> None:

@@ -74,7 +74,7 @@ def _map_all(world: World, num_bytes: int) -> tuple[list[NDArray[np.uint8]], str
     except OSError as error:
         failure = f"mapping a neighbour's segment in {DIRECTORY} on {world.hostname}: {error.strerror}"
     world.node_barrier()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it may never have been there, nor its directory
         path.unlink()
     return segments, failure
 

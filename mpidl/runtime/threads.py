@@ -33,17 +33,23 @@ def instruction_set() -> int:
     return 1 if " avx2" in flags else 0
 
 
-def limit_instruction_set(own: int, lowest: int) -> str | None:
-    """Hold torch's libraries to the lowest instruction set of all ranks.
+def limit_instruction_set(of_all: Sequence[int]) -> str | None:
+    """Hold torch's libraries to the lowest instruction set of all ranks, where they differ.
+
+    The ranks that have the lowest are held to it too: left alone, MKL computes there in a mode of its own choice.
+
+    Args:
+        of_all: `instruction_set()` of every rank.
 
     Returns:
         A warning when it is too late for that because torch is loaded already, else None.
     """
-    if own == lowest:
+    lowest, highest = min(of_all), max(of_all)
+    if lowest == highest:
         return None
     if "torch" in sys.modules:
         return (
-            f"this machine has {INSTRUCTION_SETS[own]}, another only {INSTRUCTION_SETS[lowest]}, and torch was "
+            f"some machines have {INSTRUCTION_SETS[highest]}, others only {INSTRUCTION_SETS[lowest]}, and torch was "
             "imported before mpidl.init(): the bits may depend on who computes what; call mpidl.init() first"
         )
     os.environ.update(_ENVIRONMENT[INSTRUCTION_SETS[lowest]])

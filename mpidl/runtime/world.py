@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mpidl.errors import LaunchError, MpidlError, UserError
 from mpidl.runtime import faults, launcher, threads
-from mpidl.runtime.waiting import wait
+from mpidl.runtime.waiting import completes_within, wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -124,16 +124,17 @@ class World:
         """The elementwise "sum", "min" or "max" over all ranks, as a new array. Collective."""
         from mpi4py import MPI
 
+        array = np.asarray(array, order="C")
         result = np.empty_like(array)
         operations = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         if operation not in operations:
             raise ValueError(f"allreduce operation {operation!r} is not one of {', '.join(operations)}")
-        wait(self.comm.Iallreduce(np.ascontiguousarray(array), result, operations[operation]), self.shares_cores)
+        wait(self.comm.Iallreduce(array, result, operations[operation]), self.shares_cores)
         return result
 
     def allgather(self, array: AnyArray) -> AnyArray:
         """Every rank's array, (size, *array.shape). Collective; same shape and dtype everywhere."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         result = np.empty((self.size, *array.shape), array.dtype)
         wait(self.comm.Iallgather(array, result), self.shares_cores)
         return result
@@ -146,7 +147,7 @@ class World:
 
     def gather(self, array: AnyArray) -> AnyArray | None:
         """Every rank's array, (size, *array.shape), on rank 0; None elsewhere. Collective."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         result = np.empty((self.size, *array.shape), array.dtype) if self.rank == 0 else None
         wait(self.comm.Igather(array, result, root=0), self.shares_cores)
         return result
@@ -164,6 +165,12 @@ class World:
 
         Counts and offsets are in elements, one per rank. What is sent and what is received must not overlap.
         """
+        if send.ctypes.data == receive.ctypes.data:
+            # Open MPI's non-blocking calls take equal addresses for MPI_IN_PLACE. Callers see to it that this happens
+            # only where one side is empty: an empty slice keeps its array's address.
+            assert not send.size or not receive.size, "send and receive begin at the same address"
+            send = send if send.size else np.empty(1, send.dtype)
+            receive = receive if receive.size else np.empty(1, receive.dtype)
         request = self.comm.Ialltoallv(
             [send, (list(send_counts), list(send_offsets))], [receive, (list(receive_counts), list(receive_offsets))]
         )
@@ -215,7 +222,7 @@ class World:
         waiting. The error of the lowest rank is raised everywhere; `faults.run_command` prints it once.
 
         Args:
-            stage: what the block does, for the message when only some ranks failed.
+            stage: what the block does, for the message unless all ranks failed alike.
         """
         failure: UserError | None = None
         try:
@@ -226,10 +233,11 @@ class World:
         failed = [rank for rank, entry in enumerate(failures) if entry is not None]
         if not failed:
             return
+        if failure is not None and len(set(failures)) == 1:
+            raise faults.on_all_ranks(failure)
         kind, message = failures[failed[0]]
-        if len(failed) < self.size:
-            message = f"{message} (rank {failed[0]} on {self.hostnames[failed[0]]}, {stage})"
-        raise faults.on_all_ranks(failure if failure is not None and len(failed) == self.size else kind(message))
+        message = f"{message} (rank {failed[0]} on {self.hostnames[failed[0]]}, {stage})"
+        raise faults.on_all_ranks(kind(message)) from failure
 
     def check_equal(self, what: str, digest: str, error: type[MpidlError] = LaunchError) -> None:
         """Raise on all ranks unless every rank passed the same digest. Collective."""
@@ -279,9 +287,10 @@ def init(threads_per_rank: int | None = None) -> World:
     global _world
     if _world is None:
         _world = _start(threads_per_rank)
+        threads.set_threads(_world.threads_per_rank)
     elif threads_per_rank is not None and threads_per_rank != _world.threads_per_rank:
         _world = dataclasses.replace(_world, threads_per_rank=threads_per_rank)
-    threads.set_threads(_world.threads_per_rank)
+        threads.set_threads(threads_per_rank)
     return _world
 
 
@@ -297,7 +306,7 @@ def _start(threads_per_rank: int | None) -> World:
     own_threads = threads_per_rank or threads.default_threads(cores[machine.rank], cores)
     shares_cores = machine.size > len({core for other in cores for core in other})
     facts = comm.allgather((own_threads, threads.instruction_set(), platform.node()))
-    warning = threads.limit_instruction_set(facts[comm.rank][1], min(fact[1] for fact in facts))
+    warning = threads.limit_instruction_set([fact[1] for fact in facts])
     world = World(
         comm=comm,
         node_comm=node_comm,
@@ -308,11 +317,31 @@ def _start(threads_per_rank: int | None) -> World:
         library=library,
         hostnames=tuple(fact[2] for fact in facts),
     )
-    faults.install(world.rank, world.size, world.abort, key=comm.bcast(os.urandom(8).hex(), root=0))
+    all_leave = _leaving(MPI, comm)
+    right = _right_to_print(machine, key=comm.bcast(os.urandom(8).hex(), root=0))
+    faults.install(world.rank, world.size, world.abort, all_leave, right)
     if warning:
         faults.warn(warning)
     machine.Free()
     return world
+
+
+def _leaving(MPI: Any, comm: Any) -> Callable[[float], bool]:
+    """A barrier for the ranks' ends, apart from whatever the others may wait in. Collective."""
+    apart = comm.Dup()
+
+    def all_leave(limit_s: float) -> bool:
+        return MPI.Is_finalized() or completes_within(apart.Ibarrier(), limit_s)
+
+    return all_leave
+
+
+def _right_to_print(machine: Any, key: str) -> int | None:
+    """A file that all ranks of this machine have open and that has no name any more. Collective over the machine."""
+    path, right = faults.open_right(key)
+    machine.Barrier()
+    path.unlink(missing_ok=True)
+    return right
 
 
 def _import_mpi() -> Any:

@@ -1,7 +1,7 @@
 """Group plans: the coordinator makes them, every rank's executor runs them alone."""
 
 from mpidl.scheduling.channel import PlanChannel
-from mpidl.scheduling.coordinator import Coordinator, LearningRates, ScheduleFactory
+from mpidl.scheduling.coordinator import Coordinator, LearningRates, ScheduleFactory, check_schedule
 from mpidl.scheduling.evaluation import Metric, evaluate
 from mpidl.scheduling.executor import REPORT_FIELDS, Executor
 from mpidl.scheduling.forward import LossFunction
@@ -24,6 +24,7 @@ __all__ = [
     "ScheduleFactory",
     "Triggers",
     "capacity",
+    "check_schedule",
     "evaluate",
     "num_iterations",
 ]

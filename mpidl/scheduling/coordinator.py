@@ -77,6 +77,34 @@ class LearningRates:
                 )
 
 
+LONGEST_TRIAL = 100_000
+"""Iterations for which a schedule is tried before the training begins: about a second."""
+
+
+def check_schedule(
+    factory: Callable[[Any], torch.optim.Optimizer],
+    groups: Sequence[Mapping[str, Any]],
+    schedule: ScheduleFactory | None,
+    total_iterations: int,
+) -> None:
+    """Walk a schedule through the training, so that one that fails does so before the first iteration.
+
+    Raises:
+        ConfigError: it cannot be made, or be stepped once an iteration.
+    """
+    if schedule is None:
+        return
+    last = max(0, min(total_iterations, LONGEST_TRIAL) - 1)
+    try:
+        LearningRates(factory, groups, schedule).at(last)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the schedule does not serve {total_iterations} iterations, one step each: {type(error).__name__}: {error}"
+        ) from error
+
+
 class Coordinator:
     """Makes one plan after the other; lives on rank 0 only.
 

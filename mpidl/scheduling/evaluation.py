@@ -21,6 +21,9 @@ from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_b
 
 Metric = Callable[[Any, Any], Any]
 
+CHUNKS_AHEAD = 16
+"""Requests that the loader has at a time."""
+
 
 def evaluate(
     world: World,
@@ -31,7 +34,7 @@ def evaluate(
     batch_size: int,
     metrics: Mapping[str, Metric],
     seed: int,
-    num_workers: int = 0,
+    loader: Loader,
 ) -> dict[str, float]:
     """The mean loss and metrics of a data set. Collective; the same result on all ranks.
 
@@ -43,11 +46,15 @@ def evaluate(
         batch_size: samples of a chunk, on one rank.
         metrics: name -> function of (outputs, targets) that returns the SUM over the samples of the batch.
         seed: of the run.
-        num_workers: loader processes on each rank.
+        loader: of the source, not shuffled, with nothing outstanding.
 
     Returns:
         "loss", every metric by its name, each a mean over samples (the loss over its weights), and "samples".
     """
+
+    def _span(chunk: int) -> tuple[int, int]:
+        return chunk * batch_size, min(len(source), (chunk + 1) * batch_size)
+
     num_chunks = -(-len(source) // batch_size)
     chunks = Assignment.even(num_chunks, world.size)
     first, last = chunks.range_of(world.rank)
@@ -55,11 +62,14 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), Loader(source, seed=seed, num_workers=num_workers, shuffle=False) as loader:
+        with torch.no_grad():
+            for chunk in range(first, min(first + CHUNKS_AHEAD, last)):
+                loader.request(0, *_span(chunk))
             for chunk in range(first, last):
-                loader.request(0, chunk * batch_size, min(len(source), (chunk + 1) * batch_size))
-            for chunk in range(first, last):
-                samples = min(len(source), (chunk + 1) * batch_size) - chunk * batch_size
+                if chunk + CHUNKS_AHEAD < last:
+                    loader.request(0, *_span(chunk + CHUNKS_AHEAD))
+                start, stop = _span(chunk)
+                samples = stop - start
                 inputs, targets = split_batch(loader.next())
                 seed_everything(partition_seed(seed, 0, chunk))
                 outputs = call_model(model, inputs)

@@ -8,6 +8,7 @@ the partition alone: its samples, its random stream (seed, iteration, partition)
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from mpidl.data import Loader, partition_seed, seed_everything
 from mpidl.errors import NonFiniteLossError
 from mpidl.parameters import PHASES, Assignment, ParameterManager
+from mpidl.parameters.counters import WEIGHT
 from mpidl.runtime import on_all_ranks
 from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
 from mpidl.scheduling.partitions import assignment_for, num_partitions, partition_span
@@ -88,7 +90,8 @@ class Executor:
             float64, (partitions, 4): loss_sum, weight, samples, flags of every partition.
 
         Raises:
-            NonFiniteLossError: on every rank at the same iteration; the weights are those before it.
+            NonFiniteLossError: on every rank at the same iteration: a loss (the weights are those before it) or the
+                gradient (they are not) is not finite.
         """
         assignment = self.assignment(plan, index)
         iteration = plan.first_iteration + index
@@ -97,9 +100,14 @@ class Executor:
         for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
             group["lr"] = rate
         try:
-            return self._manager.synchronize(assignment)
+            table = self._manager.synchronize(assignment)
         except NonFiniteLossError as error:
             raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
+        if not math.isfinite(self._manager.grad_norm):  # the same number on every rank
+            raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
+        if table[:, WEIGHT].sum() == 0:
+            raise on_all_ranks(NonFiniteLossError(f"all weights of iteration {iteration + 1} are zero: no mean loss"))
+        return table
 
     def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:
         start, stop = partition_span(span, assignment.num_partitions, partition)

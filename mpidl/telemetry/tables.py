@@ -93,7 +93,7 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     if fields.get("message"):
         rows.append(("message", str(fields["message"])))
     rows.append(("time", duration(fields["seconds"])))
-    rows.append(("done", f"{fields['epochs']} epochs, {_number(fields['iterations'], 'iteration')}"))
+    rows.append(("done", f"{_number(fields['epochs'], 'epoch')}, {_number(fields['iterations'], 'iteration')}"))
     if fields.get("samples_per_s"):
         rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
     if fields.get("loss") is not None:
