@@ -68,8 +68,8 @@ train: setup  ## Train: the main job, or JOB=..., on RANKS=4 ranks, with more fl
 
 test: setup  ## Run all tests: plain pytest, then under mpirun with 2, 3 and 4 ranks.
 	$(call pytest,test-1)
-	$(call pytest,test-2,$(MPIRUN) -n 2)
-	$(call pytest,test-3,$(MPIRUN) -n 3)
+	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi
+	$(call pytest,test-3,$(MPIRUN) -n 3) tests/mpi
 	$(call pytest,test-4,$(MPIRUN) -n 4)
 
 test-1: setup

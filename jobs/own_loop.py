@@ -1,6 +1,6 @@
 """A training loop of one's own: an ordinary PyTorch loop with three changed lines, marked (1), (2), (3).
 
-    mpirun -n 4 python jobs/own_loop.py
+Run it: mpirun -n 4 python jobs/own_loop.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from mpidl.errors import LaunchError
 from mpidl.runtime.faults import run_command
 from mpidl.runtime.launcher import launched_size, without_launcher
 
-
 _LAUNCHER_ENDS_S = 10.0
 """How long the launcher may take to end its ranks."""
 

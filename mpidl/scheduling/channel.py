@@ -1,8 +1,8 @@
 """How plans travel: one broadcast a group, begun while the group before it runs.
 
-Two buffers of fixed size take turns. While group k runs out of one, rank 0 has built plan k + 1 into the other and
-every rank has started the same broadcast; the buffer belongs to MPI until `receive`. A broadcast that was started is
-completed on every rank, even when the run ends early and its content is dropped.
+A plan that was received is a value of its own, so one buffer of fixed size serves: while group k runs, rank 0 has built
+plan k + 1 into it and every rank has started the same broadcast; the buffer belongs to MPI until `receive`. A broadcast
+that was started is completed on every rank, even when the run ends early and its content is dropped.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ class PlanChannel:
     def __init__(self, world: World, coordinator: Coordinator | None, capacity: int) -> None:
         self._world = world
         self._coordinator = coordinator
-        self._buffers = [np.zeros(capacity, np.uint8), np.zeros(capacity, np.uint8)]
+        self._buffer = np.zeros(capacity, np.uint8)
         self._pending: Pending | None = None
 
     def start(self) -> None:
         """Build the next plan on rank 0 and start its broadcast."""
-        self._buffers.reverse()
         if self._coordinator is not None:
-            to_buffer(self._coordinator.next_plan(), self._buffers[0])
-        self._pending = self._world.start_broadcast(self._buffers[0])
+            to_buffer(self._coordinator.next_plan(), self._buffer)
+        self._pending = self._world.start_broadcast(self._buffer)
 
     def receive(self) -> GroupPlan:
         """Complete the broadcast and read the plan."""
         self.drop()
-        return GroupPlan.decode(self._buffers[0].tobytes())
+        return GroupPlan.decode(self._buffer.tobytes())
 
     def drop(self) -> None:
         """Complete a broadcast that was started, if any, without reading it."""

@@ -458,7 +458,7 @@ def refused() -> Iterator[tuple[str, nn.Module, Any, str]]:
     yield "bfloat16", nn.Linear(2, 2).bfloat16(), SGD, "weight is torch.bfloat16"
     yield "meta", nn.Linear(2, 2, device="meta"), SGD, r"weight is on meta; .*model.cpu\(\)"
     yield "lazy", nn.LazyLinear(2), SGD, "weight has no shape yet"
-    yield "no module", torch.zeros(2), SGD, "the model is a Tensor"  # type: ignore[misc]  # the point of it
+    yield "no module", torch.zeros(2), SGD, "the model is a Tensor"
     yield "LBFGS", nn.Linear(2, 2), torch.optim.LBFGS, "LBFGS does not treat every element alike"
     yield "SparseAdam", nn.Linear(2, 2), torch.optim.SparseAdam, "SparseAdam does not treat every element alike"
     yield "Adafactor", nn.Linear(2, 2), torch.optim.Adafactor, "Adafactor does not treat every element alike"

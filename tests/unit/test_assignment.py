@@ -43,7 +43,7 @@ def topologies(draw: Any) -> tuple[Assignment, tuple[int, ...]]:
     return Assignment(total, (0, *sorted(inner), total)), node_of
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(topology=topologies())
 def test_all_ranks_agree_on_what_each_node_sends(topology: tuple[Assignment, tuple[int, ...]]) -> None:
     assignment, node_of = topology
@@ -63,7 +63,7 @@ def test_all_ranks_agree_on_what_each_node_sends(topology: tuple[Assignment, tup
         assert all(slot < limit for limit, slot in slots)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(topology=topologies(), seed=st.integers(0, 999))
 def test_every_owner_on_every_node_gets_the_bits_of_the_recursion(
     topology: tuple[Assignment, tuple[int, ...]], seed: int

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -39,7 +39,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
 def become(monkeypatch: pytest.MonkeyPatch) -> Become:
     """Be a rank of a job; returns the list of codes with which it was aborted."""
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(sys, "exit", sys.exit)
+    monkeypatch.setattr(sys, "exit", pythons_exit)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     monkeypatch.setattr(atexit, "register", lambda function: function)
 
@@ -49,6 +49,10 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Become:
         return aborted
 
     return become
+
+
+def pythons_exit(status: Any = None) -> NoReturn:
+    raise SystemExit(status)
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -198,7 +202,7 @@ def test_a_job_of_one_keeps_python_s_own_behaviour(become: Become) -> None:
     become(0, 1)
     assert sys.excepthook is sys.__excepthook__
     assert threading.excepthook is threading.__excepthook__
-    assert sys.exit is not faults._exit
+    assert sys.exit is pythons_exit
 
 
 @pytest.mark.parametrize(("status", "code"), [(None, 0), (0, 0), (5, 5), ("no such thing", 1)])

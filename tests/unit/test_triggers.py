@@ -72,7 +72,7 @@ def plans_of(triggers: Triggers, sizes: Callable[[], int], *, first: int = 0, sc
     return plans
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(data=st.data(), triggers=TRIGGERS)
 def test_any_group_sizes_visit_the_same_iterations_and_actions_as_groups_of_one(
     data: st.DataObject, triggers: Triggers
