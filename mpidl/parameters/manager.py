@@ -285,7 +285,12 @@ class ParameterManager:
         }
 
     def close(self) -> None:
-        """Give every rank's model private copies of weights back, and let the shared memory go. Collective."""
+        """Give every rank's model private copies of weights back, and let the shared memory go. Collective.
+
+        A second call does nothing; anything else fails from here on.
+        """
+        if not hasattr(self, "_sync"):
+            return
         self.world.node_barrier()
         weights.take_back(self._parameters)
         self._rows.release()

@@ -1,18 +1,17 @@
 """Memory that the ranks of a node share.
 
-Each rank's segment is a file in /dev/shm that is opened, sized with posix_fallocate (so that a full file system is an
-error here and not a SIGBUS later), mapped by every rank of the node, and unlinked at once: nothing is left behind
-whatever ends the job, and the memory of a dead rank stays readable. A rank that is alone on its node uses private
-memory.
+Each rank's segment is a file in /dev/shm that never has a name (O_TMPFILE), sized with posix_fallocate, so that a full
+file system is an error here and not a SIGBUS later. The other ranks of the node open it through its owner's entry in
+/proc and map it; then the owner closes it. Nothing is left behind whatever ends the job and whenever, and the memory of
+a dead rank stays readable. A rank that is alone on its node uses private memory.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import mmap
 import os
 import pathlib
-import secrets
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,39 +57,40 @@ def _private(num_bytes: int) -> NDArray[np.uint8]:
 
 
 def _map_all(world: World, num_bytes: int) -> tuple[list[NDArray[np.uint8]], str]:
-    """Create, exchange names, map, unlink; on failure an explanation instead of an exception."""
-    path = DIRECTORY / f"mpidl-{os.getuid()}-{os.getpid()}-{secrets.token_hex(6)}"
-    failure = ""
+    """Create, exchange paths, map, close; on failure an explanation instead of an exception."""
+    descriptor, failure = None, ""
     try:
-        _create(path, num_bytes)
+        descriptor = _create(num_bytes)
     except OSError as error:
         failure = f"{num_bytes / 2**20:.0f} MiB in {DIRECTORY} on {world.hostname}: {error.strerror}"
-    names = world.node_allgather_object((str(path), num_bytes, failure))
+    entries = world.node_allgather_object((f"/proc/{os.getpid()}/fd/{descriptor}", num_bytes, failure))
     segments: list[NDArray[np.uint8]] = []
-    failure = next((text for _, _, text in names if text), "")
+    failure = next((text for _, _, text in entries if text), "")
     try:
         if not failure:
-            segments = [_open(pathlib.Path(name), size) for name, size, _ in names]
+            segments = [_open(path, size) for path, size, _ in entries]
     except OSError as error:
         failure = f"mapping a neighbour's segment in {DIRECTORY} on {world.hostname}: {error.strerror}"
     world.node_barrier()
-    with contextlib.suppress(OSError):  # it may never have been there, nor its directory
-        path.unlink()
+    if descriptor is not None:
+        os.close(descriptor)
     return segments, failure
 
 
-def _create(path: pathlib.Path, num_bytes: int) -> None:
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+def _create(num_bytes: int) -> int:
+    """The descriptor of a new file without a name."""
+    if not hasattr(os, "O_TMPFILE"):
+        raise OSError(errno.ENOTSUP, "this system has no files without a name")
+    descriptor = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
     except OSError:
-        path.unlink()
-        raise
-    finally:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _open(path: pathlib.Path, num_bytes: int) -> NDArray[np.uint8]:
+def _open(path: str, num_bytes: int) -> NDArray[np.uint8]:
     descriptor = os.open(path, os.O_RDWR)
     try:
         return np.frombuffer(mmap.mmap(descriptor, max(num_bytes, 1)), np.uint8)[:num_bytes]

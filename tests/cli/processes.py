@@ -1,11 +1,15 @@
-"""Finding what a job left behind: its processes, by a variable of their environment, and its files."""
+"""Several commands behind one launch, and finding what a job left behind, processes and files."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.launch import Completed
+from tests.launch import Completed, launch
 
 MARK = "MPIDL_TEST_JOB"
 
@@ -48,3 +52,27 @@ class Watched:
         assert not self.processes(), ended.output
         left = [path for folder in self._folders for path in folder.glob("mpidl*")]
         assert not left, ended.output
+
+
+def run_commands(
+    n: int, folder: Path, lines: Mapping[str, Sequence[str]]
+) -> tuple[Completed, dict[str, tuple[list[int], str]]]:
+    """Run `mpidl` commands one after the other on the same ranks: starting takes longer than most of them.
+
+    Args:
+        n: number of ranks.
+        folder: for the list of commands.
+        lines: name -> arguments of the command.
+
+    Returns:
+        The whole job, and name -> (exit code of each rank, what the command printed on standard error).
+    """
+    file = folder / "commands.json"
+    file.write_text(json.dumps(lines))
+    ended = launch(n, [sys.executable, Path(__file__).parent / "jobs" / "commands.py", file]).check()
+    parts = re.split(r"^=== (.*)\n", ended.stderr, flags=re.MULTILINE)
+    names, errors, codes, between = parts[1::4], parts[2::4], parts[3::4], parts[0::4]
+    assert names == list(lines), ended.output
+    assert not any(between), f"printed after a command had ended: {ended.output}"
+    told = [(json.loads(text.removeprefix("codes ")), printed) for text, printed in zip(codes, errors, strict=True)]
+    return ended, dict(zip(names, told, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import struct
 import sys
@@ -17,7 +16,7 @@ import torch
 import mpidl
 from mpidl.data import permute
 from tests.cli.jobs.parts import MARKED, POISONED_AFTER, PoisonedNet
-from tests.cli.processes import Watched
+from tests.cli.processes import Watched, run_commands
 from tests.launch import Completed, is_open_mpi, launch, run
 
 MPIDL = [sys.executable, "-m", "mpidl"]
@@ -131,7 +130,8 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
 
 # Found when torch is loaded already, which takes seconds: one launch tries all of these. The others end their own.
 TOGETHER = [
-    "no data folder", "a missing data file", "a truncated compressed file", "a wrong magic number",
+    "no data folder", "a missing data file", "a truncated data file", "a truncated compressed file",
+    "a wrong magic number", "a file in the run directory's way",
     "labels out of range in a file", "labels out of range for the model", "images and labels of different numbers",
     "x and y of different sizes", "no such data", "no such model", "a module that is not there",
     "a callable that is not there", "a run directory that cannot be made",
@@ -175,14 +175,11 @@ def told_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What two ranks printed for each case."""
     folder = tmp_path_factory.mktemp("together")
     lines = {case: arguments(case, folder / str(number)) for number, case in enumerate(TOGETHER)}
-    (folder / "lines.json").write_text(json.dumps(lines))
-    ended = launch(2, [sys.executable, "tests/cli/jobs/commands.py", folder / "lines.json"]).check()
+    ended, told = run_commands(2, folder, lines)
     assert ended.stdout == "", "something began to train"
     assert not list(folder.glob("*/run")), "what failed before it began leaves no run directory"
-    parts = re.split(r"^=== (.*)\n", ended.stderr, flags=re.MULTILINE)
-    assert parts[2::2][1::2] == [""] * len(TOGETHER), "printed after the command had ended"
-    assert parts[3::4] == ["codes [2, 2]"] * len(TOGETHER), ended.output
-    return dict(zip(parts[1::4], parts[2::4], strict=True))
+    assert all(codes == [2, 2] for codes, _ in told.values()), ended.output
+    return {name: errors for name, (_, errors) in told.items()}
 
 
 @pytest.mark.parametrize("case", TOGETHER)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import mpidl
 from mpidl import config as configuration
+from tests.cli.processes import run_commands
 from tests.launch import Completed, launch, run
 
 MPIDL = [sys.executable, "-m", "mpidl"]
@@ -124,25 +125,21 @@ def test_an_existing_run_is_not_replaced(trained: tuple[Path, Completed]) -> Non
 # --- evaluate, export -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_evaluate_gives_the_training_s_last_validation(n: int, trained: tuple[Path, Completed]) -> None:
+def test_evaluate_gives_the_validations_of_the_training(trained: tuple[Path, Completed], tmp_path: Path) -> None:
     run_dir, _ = trained
-    ended = mpidl_on(n, "evaluate", str(run_dir)).check()
-    last = events(run_dir, "validation")[-1]
-    cells = [line.split("|")[1:3] for line in ended.stdout.splitlines() if line.count("|") > 2]
-    rows = {name.strip(): value.strip() for name, value in cells}
-    assert rows["loss"] == f"{last['loss']:.5g}"
-    assert rows["accuracy"] == f"{100 * last['accuracy']:.2f} %"
-    assert rows["samples"] == "360"
-
-
-def test_evaluate_takes_other_weights(trained: tuple[Path, Completed]) -> None:
-    run_dir, _ = trained
-    weights = run_dir / "checkpoints" / "epoch-000001"
-    ended = mpidl_on(1, "evaluate", str(run_dir), "--weights", str(weights)).check()
-    first = events(run_dir, "validation")[0]
-    assert f"{100 * first['accuracy']:.2f} %" in ended.stdout
-    assert first["accuracy"] != events(run_dir, "validation")[-1]["accuracy"]
+    of_first = str(run_dir / "checkpoints" / "epoch-000001")
+    lines = {"last": ["evaluate", str(run_dir)], "first": ["evaluate", str(run_dir), "--weights", of_first]}
+    validations = events(run_dir, "validation")
+    assert validations[0]["accuracy"] != validations[-1]["accuracy"]
+    for n in (1, 2):
+        ended, _ = run_commands(n, tmp_path, lines)
+        _, *tables = ended.stdout.split("mpidl evaluate")
+        for table, expected in zip(tables, (validations[-1], validations[0]), strict=True):
+            cells = [line.split("|")[1:3] for line in table.splitlines() if line.count("|") > 2]
+            rows = {name.strip(): value.strip() for name, value in cells}
+            assert rows["loss"] == f"{expected['loss']:.5g}"
+            assert rows["accuracy"] == f"{100 * expected['accuracy']:.2f} %"
+            assert rows["samples"] == "360"
 
 
 def test_exported_and_final_weights_load_in_plain_torch(trained: tuple[Path, Completed], tmp_path: Path) -> None:
@@ -179,18 +176,21 @@ assert "mpidl" not in sys.modules
 
 def test_what_is_not_there_is_named(trained: tuple[Path, Completed], tmp_path: Path) -> None:
     run_dir, _ = trained
-    for args, expected in (
-        (["export", str(run_dir), "--checkpoint", "7"], "checkpoints there: 1, 2, 3"),
-        (["export", str(tmp_path)], "does not hold a checkpoint"),
-        (["evaluate", str(tmp_path)], "is not a run directory"),
-        (["trian"], "'train'"),
-        ([], "COMMAND"),
-    ):
-        ended = run([*MPIDL, *args])
-        assert ended.returncode == 2, ended.output
-        assert ended.stderr.count("mpidl: error: ") == 1
-        assert expected in ended.stderr
-        assert "Traceback" not in ended.stderr
+    cases = {
+        "no such epoch": (["export", str(run_dir), "--checkpoint", "7"], "checkpoints there: 1, 2, 3"),
+        "no run to export": (["export", str(tmp_path)], "does not hold a checkpoint"),
+        "no run to evaluate": (["evaluate", str(tmp_path)], "is not a run directory"),
+        "no such command": (["trian"], "'train'"),
+        "no command": ([], "COMMAND"),
+        "no checkpoint": (["evaluate", str(run_dir), "--weights", str(tmp_path)], "does not hold a checkpoint"),
+    }
+    _, told = run_commands(1, tmp_path, {name: args for name, (args, _) in cases.items()})
+    for name, (_, expected) in cases.items():
+        codes, errors = told[name]
+        assert codes == [2], errors
+        assert errors.count("mpidl: error: ") == 1
+        assert expected in errors
+        assert "Traceback" not in errors
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

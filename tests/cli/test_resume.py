@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mpidl
-from tests.cli.processes import Watched
+from tests.cli.processes import Watched, run_commands
 from tests.launch import Completed, launch
 
 MPIDL = [sys.executable, "-m", "mpidl"]
@@ -109,46 +109,29 @@ def test_without_a_whole_checkpoint_a_resumed_run_starts_over_and_says_so(undist
     assert weights(run_dir) == weights(undisturbed)
 
 
-def test_a_damaged_checkpoint_is_refused(killed: Path, tmp_path: Path) -> None:
-    run_dir = copied(killed, tmp_path)
-    shards = sorted((run_dir / "checkpoints" / "epoch-000002").glob("shard-*-of-00004.safetensors"))
+def test_what_does_not_fit_the_run_is_refused(killed: Path, tmp_path: Path) -> None:
+    run_dir, damaged = copied(killed, tmp_path), copied(killed, tmp_path / "damaged")
+    shards = sorted((damaged / "checkpoints" / "epoch-000002").glob("shard-*-of-00004.safetensors"))
     assert len(shards) == 4
-    shard = shards[2]
-    content = bytearray(shard.read_bytes())
+    content = bytearray(shards[2].read_bytes())
     content[-1] ^= 1
-    shard.write_bytes(content)
-    ended = train(2, "--resume", str(run_dir))
-    assert ended.returncode == 2, ended.output
-    assert ended.stderr.count("mpidl: error: ") == 1
-    assert f"{shard} is damaged" in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (["--seed", "1"], "was written with seed 0, this run has 1"),
-        (["--optimizer", "sgd"], "is of AdamW"),
-    ],
-    ids=["seed", "optimizer"],
-)
-def test_other_settings_than_the_run_s_are_refused(
-    args: list[str], expected: str, killed: Path, tmp_path: Path
-) -> None:
-    run_dir = copied(killed, tmp_path)
+    shards[2].write_bytes(content)
     before = (run_dir / "config.toml").read_text()
     assert "seed = 0" in before
-    ended = train(1, "--resume", str(run_dir), *args)
-    assert ended.returncode == 2, ended.output
-    assert expected in ended.stderr
+    resume = ["train", "--resume", str(run_dir)]
+    cases = {
+        "another seed": ([*resume, "--seed", "1"], "was written with seed 0, this run has 1"),
+        "other partitions": ([*resume, "--partitions", "4"], "was written with partitions 8, this run has 4"),
+        "another optimizer": ([*resume, "--optimizer", "sgd"], "is of AdamW"),
+        "another directory": ([*resume, "--run-dir", "other"], "leave out --run-dir"),
+        "a job file": ([*resume, "jobs/digits.toml"], "leave out jobs/digits.toml"),
+        "no run": (["train", "--resume", str(tmp_path)], "is not a run directory"),
+        "damaged": (["train", "--resume", str(damaged)], f"{shards[2]} is damaged"),
+    }
+    ended, told = run_commands(2, tmp_path, {name: args for name, (args, _) in cases.items()})
+    for name, (_, expected) in cases.items():
+        codes, errors = told[name]
+        assert codes == [2, 2], ended.output
+        assert errors.count("mpidl: error: ") == 1, errors
+        assert expected in errors
     assert (run_dir / "config.toml").read_text() == before, "the run can still be resumed as it was"
-
-
-def test_resume_wants_a_run_directory(tmp_path: Path) -> None:
-    for args, expected in (
-        (["--resume", str(tmp_path)], "is not a run directory"),
-        (["--resume", str(tmp_path), "--run-dir", "other"], "leave out --run-dir"),
-        (["--resume", str(tmp_path), "jobs/digits.toml"], "leave out jobs/digits.toml"),
-    ):
-        ended = train(1, *args)
-        assert ended.returncode == 2
-        assert expected in ended.stderr

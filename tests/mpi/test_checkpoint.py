@@ -442,6 +442,17 @@ def test_a_checkpoint_that_lacks_buffers_of_the_model_is_refused(
         checkpoint.load(managers(batch_norm), shared_tmp_path / "one")
 
 
+def test_a_buffer_of_another_dtype_is_refused(world: World, shared_tmp_path: Path, managers: Any) -> None:
+    def table(dtype: torch.dtype) -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("table", torch.zeros(3, dtype=dtype))
+        return model
+
+    checkpoint.save(managers(lambda: table(torch.float32)), shared_tmp_path / "one", {})
+    with pytest.raises(CheckpointError, match=r"table"):
+        checkpoint.load(managers(lambda: table(torch.int64)), shared_tmp_path / "one")
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused(world: World, shared_tmp_path: Path, managers: Any) -> None:
     manager = managers(batch_norm, ADAM)
     step(manager, 1)

@@ -409,6 +409,7 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
         own = found["state"][index]
         assert set(own) == {key for key, value in entry.items() if value is not None}
         for key, value in own.items():
+            assert type(value) is type(entry[key]), (index, key)
             if isinstance(value, torch.Tensor):
                 assert (value.dtype, value.shape) == (entry[key].dtype, entry[key].shape), (index, key)
                 assert torch.equal(value, entry[key]), (index, key)
