@@ -131,7 +131,7 @@ def test_evaluate_gives_the_validations_of_the_training(trained: tuple[Path, Com
     lines = {"last": ["evaluate", str(run_dir)], "first": ["evaluate", str(run_dir), "--weights", of_first]}
     validations = events(run_dir, "validation")
     assert validations[0]["accuracy"] != validations[-1]["accuracy"]
-    for n in (1, 2):
+    for n in (1, 3):
         ended, _ = run_commands(n, tmp_path, lines)
         _, *tables = ended.stdout.split("mpidl evaluate")
         for table, expected in zip(tables, (validations[-1], validations[0]), strict=True):
