@@ -3,7 +3,8 @@
 from mpidl.runtime.faults import end_job, on_all_ranks, run_command, warn
 from mpidl.runtime.launcher import launched_rank, launched_size, without_launcher
 from mpidl.runtime.shared import SharedMemoryError, share
-from mpidl.runtime.world import Pending, World, init, is_initialized
+from mpidl.runtime.startup import init, is_initialized
+from mpidl.runtime.world import Pending, World
 
 __all__ = [
     "Pending",

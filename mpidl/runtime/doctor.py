@@ -140,7 +140,7 @@ def _ask_all_ranks() -> tuple[list[RankFacts] | None, str]:
     """Every rank's facts (on rank 0 only), and MPI's thread level."""
     from mpi4py import MPI
 
-    from mpidl.runtime.world import init
+    from mpidl.runtime.startup import init
 
     world = init()
     levels = {

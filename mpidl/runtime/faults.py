@@ -180,6 +180,19 @@ def _may_print(job: _Job) -> bool:
     return is_first
 
 
+def told_once(error: Error) -> Error:
+    """Let an error that every process of a launch meets alone, if nobody catches it, be printed by the first only."""
+
+    def hook(kind: type[BaseException], other: BaseException, trace: TracebackType | None) -> None:
+        if other is error:
+            _print_alone(other)
+        else:
+            sys.__excepthook__(kind, other, trace)
+
+    sys.excepthook = hook
+    return error
+
+
 def _print_alone(error: BaseException) -> None:
     if isinstance(error, UserError):
         if launched_rank() in (None, 0):

@@ -109,7 +109,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _run_here(directory: pathlib.Path) -> None:
     """What each rank does."""
-    from mpidl.runtime.world import init
+    from mpidl.runtime.startup import init
 
     world = init()
     function, args = cloudpickle.loads((directory / "function").read_bytes())

@@ -1,8 +1,7 @@
-"""The world: ranks, nodes, threads, and every communicator. The only place that imports MPI.
+"""The world: ranks, nodes, threads, and every communicator of a job. `startup.py` makes it.
 
 Ranks are numbered node by node: `World.comm` is a private duplicate of MPI_COMM_WORLD, reordered so that the ranks of
-one node follow each other (rank 0 stays rank 0). A *node* is the set of ranks that share memory. For tests,
-`MPIDL_EMULATED_NODES=2` (or explicit sizes, `3,1`) splits one machine's ranks into nodes that share nothing.
+one node follow each other (rank 0 stays rank 0). A *node* is the set of ranks that share memory.
 
 The main thread makes every call. All waits go through `waiting.wait`, so that a waiting rank gives its core away where
 ranks share cores. Methods named in lower case with arrays move buffers and never pickle; the `_object` ones pickle.
@@ -12,17 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.errors import LaunchError, MpidlError, UserError
-from mpidl.runtime import faults, launcher, threads
-from mpidl.runtime.waiting import completes_within, wait
+from mpidl.runtime import faults
+from mpidl.runtime.waiting import wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -262,131 +259,3 @@ class World:
         return dataclasses.replace(
             self, node_comm=MPI.COMM_SELF, column_comm=self.comm, node_of=tuple(range(self.size))
         )
-
-
-_world: World | None = None
-
-
-def is_initialized() -> bool:
-    """Whether `init` has been called in this process."""
-    return _world is not None
-
-
-def init(threads_per_rank: int | None = None) -> World:
-    """Start MPI, find the nodes, settle threads and instruction set; the same `World` on every later call.
-
-    Collective over MPI_COMM_WORLD at the first call.
-
-    Args:
-        threads_per_rank: torch threads; default: OMP_NUM_THREADS, else the cores that this rank really has, the
-            lowest over all ranks.
-
-    Raises:
-        LaunchError: the launcher's number of processes is not MPI's (the wrong mpirun), or a rank's MPI cannot load.
-    """
-    global _world
-    if _world is None:
-        _world = _start(threads_per_rank)
-        threads.set_threads(_world.threads_per_rank)
-    elif threads_per_rank is not None and threads_per_rank != _world.threads_per_rank:
-        _world = dataclasses.replace(_world, threads_per_rank=threads_per_rank)
-        threads.set_threads(threads_per_rank)
-    return _world
-
-
-def _start(threads_per_rank: int | None) -> World:
-    MPI = _import_mpi()
-    library = " ".join(MPI.Get_library_version().splitlines()[0].strip("\x00").split())
-    message = launcher.mismatch(launcher.launched_size(), MPI.COMM_WORLD.size, library)
-    if message:
-        raise LaunchError(message)
-    machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    comm, node_comm, node_of = _split_nodes(MPI, machine)
-    cores = machine.allgather(threads.own_cores())
-    own_threads = threads_per_rank or threads.default_threads(cores[machine.rank], cores)
-    shares_cores = machine.size > len({core for other in cores for core in other})
-    facts = comm.allgather((own_threads, threads.instruction_set(), platform.node()))
-    warning = threads.limit_instruction_set([fact[1] for fact in facts])
-    world = World(
-        comm=comm,
-        node_comm=node_comm,
-        column_comm=_column(MPI, comm, node_comm, node_of),
-        node_of=node_of,
-        threads_per_rank=min(fact[0] for fact in facts),
-        shares_cores=shares_cores,
-        library=library,
-        hostnames=tuple(fact[2] for fact in facts),
-    )
-    all_leave = _leaving(MPI, comm)
-    right = _right_to_print(machine, key=comm.bcast(os.urandom(8).hex(), root=0))
-    faults.install(world.rank, world.size, world.abort, all_leave, right)
-    if warning:
-        faults.warn(warning)
-    machine.Free()
-    return world
-
-
-def _leaving(MPI: Any, comm: Any) -> Callable[[float], bool]:
-    """A barrier for the ranks' ends, apart from whatever the others may wait in. Collective."""
-    apart = comm.Dup()
-
-    def all_leave(limit_s: float) -> bool:
-        return MPI.Is_finalized() or completes_within(apart.Ibarrier(), limit_s)
-
-    return all_leave
-
-
-def _right_to_print(machine: Any, key: str) -> int | None:
-    """A file that all ranks of this machine have open and that has no name any more. Collective over the machine."""
-    path, right = faults.open_right(key)
-    machine.Barrier()
-    path.unlink(missing_ok=True)
-    return right
-
-
-def _import_mpi() -> Any:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"MPI cannot be loaded: {error}; install one with `pip install mpidl[mpich]`, or load the site's MPI "
-            "module; see `mpidl doctor`"
-        ) from error
-    return MPI
-
-
-def _split_nodes(MPI: Any, machine: Any) -> tuple[Any, Any, tuple[int, ...]]:
-    """Communicators of all ranks, node by node, and of this node, and each rank's node."""
-    emulated = _emulated_node(os.environ.get("MPIDL_EMULATED_NODES", ""), machine.rank, machine.size)
-    node_comm = machine.Split(emulated, machine.rank)
-    first = node_comm.bcast(MPI.COMM_WORLD.rank, root=0)
-    comm = MPI.COMM_WORLD.Split(0, first * MPI.COMM_WORLD.size + node_comm.rank)
-    firsts = comm.allgather(first)
-    nodes = sorted(set(firsts))
-    return comm, node_comm, tuple(nodes.index(entry) for entry in firsts)
-
-
-def _column(MPI: Any, comm: Any, node_comm: Any, node_of: tuple[int, ...]) -> Any:
-    """A communicator of one rank per node, for the local ranks that every node has."""
-    smallest = min(node_of.count(node) for node in set(node_of))
-    in_column = node_comm.rank < smallest
-    column = comm.Split(node_comm.rank if in_column else MPI.UNDEFINED, comm.rank)
-    return column if in_column else None
-
-
-def _emulated_node(setting: str, rank: int, size: int) -> int:
-    """The emulated node of a machine's rank: "" none, "2" that many nodes, "3,1" nodes of those sizes."""
-    if not setting:
-        return 0
-    try:
-        numbers = [int(part) for part in setting.split(",")]
-    except ValueError:
-        numbers = [0]
-    if len(numbers) == 1 and 0 < numbers[0] <= size:
-        return rank * numbers[0] // size
-    if sum(numbers) != size or min(numbers) < 1:
-        raise LaunchError(
-            f"MPIDL_EMULATED_NODES={setting} does not fit {size} ranks; give a number of nodes of at most {size}, or "
-            f"sizes that add up to {size}"
-        )
-    return next(node for node in range(len(numbers)) if rank < sum(numbers[: node + 1]))

@@ -13,7 +13,7 @@ import pytest
 import mpidl.runtime
 from mpidl.errors import ConfigError, DataError, LaunchError, LayoutError, MpidlError, UserError
 from mpidl.runtime import World, faults, waiting
-from mpidl.runtime.world import _emulated_node, _split_nodes
+from mpidl.runtime.startup import _emulated_node, _split_nodes
 from tests.mpi.worlds import node_layouts, with_nodes
 
 DTYPES = [np.uint8, np.int64, np.float32, np.float64]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import mpidl.runtime.world
+import mpidl.runtime.startup
 from mpidl.runtime import World
 
 
@@ -42,10 +42,10 @@ def with_nodes(world: World, sizes: Sequence[int]) -> Iterator[World]:
 @contextmanager
 def as_the_world(world: World, sizes: Sequence[int]) -> Iterator[World]:
     """Let `mpidl.init()` give the same ranks on nodes of these sizes inside the block. Collective."""
-    before = mpidl.runtime.world._world
+    before = mpidl.runtime.startup._world
     with with_nodes(world, sizes) as other:
-        mpidl.runtime.world._world = other
+        mpidl.runtime.startup._world = other
         try:
             yield other
         finally:
-            mpidl.runtime.world._world = before
+            mpidl.runtime.startup._world = before
