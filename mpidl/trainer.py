@@ -16,8 +16,9 @@ from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment, OptimizerFactory, ParameterManager
 from mpidl.runtime import init
 from mpidl.scheduling import LossFunction, Metric, ScheduleFactory
+from mpidl.settings import Settings
 from mpidl.telemetry import Telemetry
-from mpidl.training import Settings, Training
+from mpidl.training import Training
 
 
 class Trainer:

@@ -1,0 +1,79 @@
+"""What a Trainer was given, checked against the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpidl.data import Loader, Source
+from mpidl.errors import ConfigError
+from mpidl.parameters import OptimizerFactory
+from mpidl.runtime import World
+from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, evaluate
+from mpidl.telemetry import Telemetry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a Trainer was given; its docstring says what each means."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    optimizer: OptimizerFactory
+    batch_size: int
+    partitions: int
+    group_size: int | str
+    schedule: ScheduleFactory | None
+    param_groups: list[dict[str, Any]] | None
+    seed: int
+    reduction: str
+    loader_workers: int
+    eval_batch_size: int
+    metrics: Mapping[str, Metric]
+    validate_every: int
+    checkpoint_every: int
+    run_dir: pathlib.Path | None
+    telemetry: Telemetry | None
+
+    def check(self, world: World) -> None:
+        """Raise ConfigError where the settings do not fit each other or the ranks."""
+        if self.partitions < world.size:
+            raise ConfigError(
+                f"{world.size} ranks but only {self.partitions} partitions; every rank needs at least one; lower -n "
+                "or raise partitions"
+            )
+        if self.batch_size < self.partitions:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is smaller than partitions {self.partitions}; every partition needs at "
+                "least one sample; raise batch_size or lower partitions"
+            )
+        for name, value in self.model.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(
+                    f"{name} of the model's state dict is a {type(value).__name__}; checkpoints hold tensors only: "
+                    "keep it in a buffer instead of get_extra_state"
+                )
+        if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
+            raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+
+    def open_validation_loader(self, source: Source) -> Loader:
+        """A loader for `evaluate`; the caller closes it."""
+        return Loader(source, seed=self.seed, num_workers=self.loader_workers, shuffle=False)
+
+    def evaluate(self, world: World, source: Source, loader: Loader) -> dict[str, float]:
+        """The mean loss and metrics of a data set. Collective."""
+        return evaluate(
+            world,
+            self.model,
+            self.loss_fn,
+            source,
+            batch_size=self.eval_batch_size,
+            metrics=self.metrics,
+            seed=self.seed,
+            loader=loader,
+        )
