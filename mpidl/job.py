@@ -273,6 +273,9 @@ def release_run_dir(path: Path) -> None:
 def _resolved(config: Config, run_dir: Path) -> str:
     """The configuration as a later command, perhaps from another folder, needs it."""
     values = asdict(config) | {"run_dir": str(run_dir)}
+    # The number that "auto" gave decides the bits; another number of ranks would give another.
+    if config.threads_per_rank == "auto":
+        values["threads_per_rank"] = runtime.init().threads_per_rank
     if config.data_dir is not None:
         values["data_dir"] = str(Path(config.data_dir).absolute())
     return to_toml(Config(**values))

@@ -40,6 +40,22 @@ class Settings:
     run_dir: pathlib.Path | None
     telemetry: Telemetry | None
 
+    def digest(self) -> str:
+        """What must be the same on all ranks; functions by their names, paths and models not at all."""
+        left_out = (
+            "model",
+            "run_dir",
+            "telemetry",
+            "optimizer",
+            "param_groups",
+            "loader_workers",
+        )  # or checked elsewhere
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        values["metrics"] = list(self.metrics)
+        for name in ("loss_fn", "schedule"):
+            values[name] = getattr(values[name], "__qualname__", type(values[name]).__name__)
+        return repr((values, self.run_dir is None))
+
     def check(self, world: World) -> None:
         """Raise ConfigError where the settings do not fit each other or the ranks."""
         if self.partitions < world.size:

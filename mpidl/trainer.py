@@ -24,7 +24,7 @@ from mpidl.training import Training
 class Trainer:
     """Trains a model on all ranks. Every method is collective.
 
-    The same partitions give the same bits on any number of ranks.
+    The same partitions and threads a rank give the same bits on any number of ranks.
 
     Args:
         model: parameters float32, on the CPU. Rank 0's weights go to all ranks when `fit` begins. It is trained in
@@ -38,7 +38,8 @@ class Trainer:
         param_groups: as torch's.
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered" or "mpi".
-        threads_per_rank: torch threads; default: the cores that the rank really has.
+        threads_per_rank: torch threads; default: the cores that the rank really has, divided by the ranks that share
+            them, which changes with their number, and the bits with it: give a number to have the same ones.
         loader_workers: processes on each rank that read a Dataset ahead; 0: it is read between iterations.
         eval_batch_size: samples that one rank evaluates at a time.
         metrics: name -> function of (outputs, targets) returning the SUM over the batch's samples.
@@ -118,6 +119,9 @@ class Trainer:
         with self.world.agreed("reading the data"):
             train = as_source(train_set)
             validation = None if validation_set is None else as_source(validation_set)
+        lengths = (len(train), None if validation is None else len(validation))
+        given = (self._settings.digest(), epochs, resume, *lengths)
+        self.world.check_equal("the Trainer's settings or the size of the data", repr(given), ConfigError)
         with self.world.agreed("preparing the run directory"):
             self._prepare_run_dir(resume)
         manager = self._open_manager()

@@ -81,8 +81,7 @@ class Training:
             seed=settings.seed,
         )
         group_size = GroupSize(settings.group_size)
-        with world.agreed("making the schedule"):
-            self._coordinator: Coordinator | None = None
+        self._coordinator: Coordinator | None = None
         with world.agreed("making the learning-rate schedule"):
             if world.rank == 0:
                 self._coordinator = self._make_coordinator(group_size)

@@ -24,11 +24,11 @@ from mpidl.data.order import Order, Request
 from mpidl.data.pipe import REQUEST, Assignment, Frame, decode, encode, read_frame, write_frame
 from mpidl.data.sources import Batch, ReadError, Source
 from mpidl.errors import DataError
+from mpidl.runtime import without_launcher
 
 _BATCHES_PER_WORKER = 2  # asked for and not taken yet: one to read while the other waits
 _GRACE_S = 2.0  # from the end of a worker's input to SIGKILL
 
-_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPICH_", "PALS_")
 _SLURM_RANK = ("PROCID", "LOCALID", "NODEID", "GTIDS", "TASK_PID", "STEP_ID", "STEPID")
 _LAUNCHER_NAMES = {f"SLURM_{name}" for name in _SLURM_RANK}
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -211,10 +211,6 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     mpi4py, should the Dataset's module import it, is told not to initialise MPI.
     """
-    kept = {
-        name: value
-        for name, value in environment.items()
-        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_NAMES
-    }
+    kept = {k: v for k, v in without_launcher(environment).items() if k not in _LAUNCHER_NAMES}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return kept | _ONE_THREAD | {"MPI4PY_RC_INITIALIZE": "0", "PYTHONPATH": path}

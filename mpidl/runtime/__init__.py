@@ -3,7 +3,7 @@
 from mpidl.runtime.faults import end_job, on_all_ranks, run_command, warn
 from mpidl.runtime.launcher import launched_rank, launched_size, without_launcher
 from mpidl.runtime.shared import SharedMemoryError, share
-from mpidl.runtime.startup import init, is_initialized
+from mpidl.runtime.startup import init
 from mpidl.runtime.world import Pending, World
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "World",
     "end_job",
     "init",
-    "is_initialized",
     "launched_rank",
     "launched_size",
     "on_all_ranks",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPICH_", "MPIR_CVAR_")
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPICH_", "PALS_")
 
 
 def _first_number(names: tuple[str, ...], environment: Mapping[str, str]) -> int | None:

@@ -20,11 +20,6 @@ from mpidl.runtime.world import World
 _world: World | None = None
 
 
-def is_initialized() -> bool:
-    """Whether `init` has been called in this process."""
-    return _world is not None
-
-
 def init(threads_per_rank: int | None = None) -> World:
     """Start MPI, find the nodes, settle threads and instruction set; the same `World` on every later call.
 

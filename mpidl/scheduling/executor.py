@@ -7,7 +7,6 @@ the partition alone: its samples, its random stream (seed, iteration, partition)
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpidl.data import Loader, partition_seed, seed_everything
-from mpidl.errors import NonFiniteLossError
+from mpidl.errors import DataError, NonFiniteLossError
 from mpidl.parameters import PHASES, Assignment, ParameterManager
 from mpidl.parameters.counters import WEIGHT
 from mpidl.runtime import on_all_ranks
@@ -26,18 +25,6 @@ from mpidl.scheduling.plan import GroupPlan
 
 REPORT_FIELDS = ("load", "compute", *PHASES)
 """Seconds that each rank reports for a group; `load` is time spent waiting for data."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupResult:
-    """What every rank knows when a group has ended."""
-
-    loss: float
-    """Mean over the group's samples, exact."""
-    samples: int
-    seconds: float
-    seconds_of: NDArray[np.float64]
-    """float64, (len(REPORT_FIELDS),): this rank's seconds by phase."""
 
 
 class Executor:
@@ -116,7 +103,13 @@ class Executor:
         loaded = time.perf_counter()
         self._manager.begin_partition(assignment, partition)
         seed_everything(partition_seed(self._seed, iteration, partition))
-        total, weight = loss_sum(self._loss_fn, call_model(self._model, inputs), targets, stop - start)
+        outputs = call_model(self._model, inputs)
+        try:
+            total, weight = loss_sum(self._loss_fn, outputs, targets, stop - start)
+        except IndexError as error:  # torch's for a label that the model has no output for
+            raise DataError(
+                f"the loss of iteration {iteration + 1}, partition {partition}, does not take the targets: {error}"
+            ) from error
         total.backward()
         self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start)
         self._seconds["load"] += loaded - begin

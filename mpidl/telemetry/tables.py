@@ -13,7 +13,7 @@ from rich.text import Text
 Fields = Mapping[str, Any]
 
 _BITS = {
-    "partitions": "a function of the partitions: the same on any number of ranks and nodes",
+    "partitions": "a function of partitions and threads a rank: the same on any number of ranks and nodes",
     "layout": "a function of the partitions and of the nodes' layout",
     "none": "not repeatable: the MPI library chooses the order of addition",
 }

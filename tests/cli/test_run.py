@@ -34,7 +34,7 @@ if __name__ == "__main__":
         assert total.tolist() == [30, 30]
         assert sum_of_arguments == 3
     assert mpidl.run(outer(0.5), n=2) == [0.5, 1.5]
-    assert not mpidl.runtime.is_initialized(), "the script itself is no rank"
+    assert mpidl.runtime.startup._world is None, "the script itself is no rank"
     print("all is well")
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import mpidl.runtime
 from mpidl import config as configuration
 from mpidl import job
 from mpidl.config import Config
@@ -113,7 +114,9 @@ def test_auto_takes_the_first_free_directory(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     taken = [job.claim_run_dir(Config(), "digits") for _ in range(3)]
     assert taken == [Path("runs/digits"), Path("runs/digits-2"), Path("runs/digits-3")]
-    assert configuration.load(taken[1] / "config.toml") == Config(run_dir="runs/digits-2")
+    # What "auto" threads were is written down, since the bits depend on it.
+    resolved = Config(run_dir="runs/digits-2", threads_per_rank=mpidl.runtime.init().threads_per_rank)
+    assert configuration.load(taken[1] / "config.toml") == resolved
 
 
 def test_a_run_is_never_replaced_but_other_files_may_lie_there(tmp_path: Path) -> None:
