@@ -47,8 +47,8 @@ def command(tmp_path: Path, *args: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("fate", "is_own"),
-    [("raise:1:3", False), ("raise:all:3", False), ("raise:1:3", True)],
-    ids=["on one rank of the command", "on all its ranks", "on one rank of an own loop"],
+    [("raise:1:3", False), ("raise:all:3", True)],
+    ids=["on one rank of the command", "on all ranks of an own loop"],
 )
 def test_an_exception_ends_the_job_and_is_printed_once(fate: str, is_own: bool, meet: Fate, tmp_path: Path) -> None:
     ended = meet(OWN_LOOP if is_own else command(tmp_path), fate)
