@@ -70,7 +70,7 @@ test: setup  ## Run all tests: plain pytest, then under mpirun with 2, 3 and 4 r
 	$(call pytest,test-1)
 	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi
 	$(call pytest,test-3,$(MPIRUN) -n 3) tests/mpi
-	$(call pytest,test-4,$(MPIRUN) -n 4)
+	$(call pytest,test-4,$(MPIRUN) -n 4) tests/mpi
 
 test-1: setup
 	$(call pytest,test-1)
