@@ -73,7 +73,7 @@ def copied(run_dir: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run_dir, folder / "run"))
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [3])
 def test_a_killed_run_goes_on_with_the_bits_of_the_undisturbed_one(
     n: int, undisturbed: Path, killed: Path, tmp_path: Path
 ) -> None:
