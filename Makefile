@@ -16,6 +16,8 @@ ARGS ?=
 # Options for pytest, and a folder for its JUnit files.
 PYTEST_ARGS ?=
 REPORTS ?=
+# How many tests may launch jobs at the same time.
+TEST_WORKERS ?= 2
 # Seconds for one run of the test suite.
 TEST_TIMEOUT ?= 1200
 
@@ -66,14 +68,17 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt
 train: setup  ## Train: the main job, or JOB=..., on RANKS=4 ranks, with more flags in ARGS=...
 	$(MPIRUN) -n $(RANKS) $(BIN)/mpidl train $(JOB) $(ARGS)
 
+# File by file in their order: those that launch jobs take longest and come first.
+test-1-args := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: setup  ## Run all tests: plain pytest, then under mpirun with 2, 3 and 4 ranks.
-	$(call pytest,test-1)
+	$(call pytest,test-1) $(test-1-args)
 	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi
 	$(call pytest,test-3,$(MPIRUN) -n 3) tests/mpi
 	$(call pytest,test-4,$(MPIRUN) -n 4) tests/mpi
 
 test-1: setup
-	$(call pytest,test-1)
+	$(call pytest,test-1) $(test-1-args)
 
 test-%: setup  ## Run the tests on N ranks; test-1 runs those that launch jobs too.
 	$(call pytest,test-$*,$(MPIRUN) -n $*)
