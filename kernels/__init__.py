@@ -1,5 +1,6 @@
-"""Numba kernels: the local sums. Ships as `mpidl.kernels`; nothing else in the project imports Numba."""
+"""Numba kernels: sums of rows, and the words of a narrower wire. Ships as `mpidl.kernels`; nothing else imports Numba."""
 
-from mpidl.kernels.summation import BLOCK_SIZE, add_rows, sum_rows
+from mpidl.kernels.summation import BLOCK_SIZE, MAX_OPERANDS, add_rows, divide, mean_rows
+from mpidl.kernels.wire import from_bfloat16, to_bfloat16
 
-__all__ = ["BLOCK_SIZE", "add_rows", "sum_rows"]
+__all__ = ["BLOCK_SIZE", "MAX_OPERANDS", "add_rows", "divide", "from_bfloat16", "mean_rows", "to_bfloat16"]

@@ -1,100 +1,185 @@
-"""Adding rows of a vector in one fixed order, cache block by cache block.
+"""Adding rows of a vector in one fixed order, at the speed of memory.
 
-A list of (into, from) additions comes from `mpidl.parameters.tree`. It is applied to one block of all rows before the
-next block is touched, so that every row is read from memory once. The inner loops run over plain one-dimensional
-arrays: two-dimensional indexing there cost a factor of four to seven.
+`mpidl.parameters.tree` says in which order: steps over operands, of which the first are the rows and the others scratch
+space of the kernel's own. All steps are applied to one short chunk of all rows before the next chunk is touched: every
+row is read from memory once and never written, what lies between two steps stays in the first cache, and the processor
+loads the next chunk while it works on this one (with chunks of 4,096 elements it did not, and 4 rows took 1.6 times as
+long). A step adds up to eight operands in one loop. The inner loops run over plain one-dimensional arrays that do not
+overlap: two-dimensional indexing cost a factor of four to seven, and LLVM vectorises nothing that may overlap.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numba import carray
 
 from mpidl.kernels._jit import float32_pointer, float64, inlined, kernel
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 BLOCK_SIZE = 4096
-"""Elements in one block: the unit of cache blocking, of square sums, and of shard cuts."""
+"""Elements in one block: the unit of square sums and of shard cuts."""
+
+CHUNK_SIZE = 1024
+"""Elements that all steps are applied to before the next ones are read."""
+
+LANES = 256
+"""Running sums of squares: a multiple of any vector's width, and few enough to stay in the first cache."""
+
+KINDS = {1: "a", 2: "a + b", 3: "(a + b) + c", 5: "a + (b + c)", 4: "(a + b) + (c + d)", 8: "eight operands in pairs"}
+"""What a step computes, by its kind."""
+
+MAX_OPERANDS = 8
 
 
 @inlined
-def _block(address: Any, first: int, size: int) -> Any:
-    """View `size` float32 that begin `first` elements behind an address."""
-    return carray(float32_pointer(address + first * 4), (size,))
+def _view(address: Any, size: int) -> Any:
+    """`size` float32 at an address. Slices would do as well, but count references, which takes as long as a chunk."""
+    return carray(float32_pointer(address), (size,))
 
 
 @inlined
-def _add_block(rows: Any, additions: Any, first: int, size: int) -> None:
-    for k in range(additions.shape[0]):
-        into = _block(rows[additions[k, 0]], first, size)
-        other = _block(rows[additions[k, 1]], first, size)
+def _address(rows: Any, scratch: int, index: int, first: int) -> Any:
+    """Where a row's elements from `first` on are, or a scratch chunk."""
+    if index < rows.shape[0]:
+        return rows[index] + first * 4
+    return scratch + (index - rows.shape[0]) * CHUNK_SIZE * 4
+
+
+@inlined
+def _apply(rows: Any, steps: Any, k: int, scratch: int, first: int, size: int, out: Any) -> None:
+    """One step on one chunk. The pairs are added as the tree has them."""
+    kind = steps[k, 0]
+    a = _view(_address(rows, scratch, steps[k, 2], first), size)
+    if kind == 1:
         for i in range(size):
-            into[i] += other[i]
+            out[i] = a[i]
+        return
+    b = _view(_address(rows, scratch, steps[k, 3], first), size)
+    if kind == 2:
+        for i in range(size):
+            out[i] = a[i] + b[i]
+        return
+    c = _view(_address(rows, scratch, steps[k, 4], first), size)
+    if kind == 3:
+        for i in range(size):
+            out[i] = (a[i] + b[i]) + c[i]
+        return
+    if kind == 5:
+        for i in range(size):
+            out[i] = a[i] + (b[i] + c[i])
+        return
+    d = _view(_address(rows, scratch, steps[k, 5], first), size)
+    if kind == 4:
+        for i in range(size):
+            out[i] = (a[i] + b[i]) + (c[i] + d[i])
+        return
+    e = _view(_address(rows, scratch, steps[k, 6], first), size)
+    f = _view(_address(rows, scratch, steps[k, 7], first), size)
+    g = _view(_address(rows, scratch, steps[k, 8], first), size)
+    h = _view(_address(rows, scratch, steps[k, 9], first), size)
+    for i in range(size):
+        out[i] = ((a[i] + b[i]) + (c[i] + d[i])) + ((e[i] + f[i]) + (g[i] + h[i]))
 
 
 @inlined
-def _square_sum(values: Any) -> Any:
-    # Numba's float() of a float32 is a float32: the products would be rounded, and overflow from 1.8e19 on.
-    size = values.shape[0]
-    whole = size - size % 8
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    for i in range(0, whole, 8):
-        s0 += float64(values[i]) * float64(values[i])
-        s1 += float64(values[i + 1]) * float64(values[i + 1])
-        s2 += float64(values[i + 2]) * float64(values[i + 2])
-        s3 += float64(values[i + 3]) * float64(values[i + 3])
-        s4 += float64(values[i + 4]) * float64(values[i + 4])
-        s5 += float64(values[i + 5]) * float64(values[i + 5])
-        s6 += float64(values[i + 6]) * float64(values[i + 6])
-        s7 += float64(values[i + 7]) * float64(values[i + 7])
-    for i in range(whole, size):
-        s0 += float64(values[i]) * float64(values[i])
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+def _add_chunk(rows: Any, steps: Any, scratch: int, first: int, size: int, out: Any) -> None:
+    last = steps.shape[0] - 1
+    for k in range(last):
+        _apply(rows, steps, k, scratch, first, size, _view(_address(rows, scratch, steps[k, 1], 0), size))
+    _apply(rows, steps, last, scratch, first, size, out)
 
 
-@kernel("void(int64[::1], int64[:, ::1], int64)")
-def add_rows(rows: NDArray[np.int64], additions: NDArray[np.int64], num_elements: int) -> None:
-    """Apply additions to rows, in place.
+@inlined
+def _divide_chunk(address: Any, size: int, divisor: Any, lanes: Any) -> None:
+    """Divide in place, and add each quotient's square to its lane."""
+    for first in range(0, size, LANES):
+        values = _view(address + first * 4, min(LANES, size - first))
+        for i in range(values.shape[0]):
+            quotient = values[i] / divisor
+            values[i] = quotient
+            # Numba's float() of a float32 is a float32: the products would be rounded, and overflow from 1.8e19 on.
+            lanes[i] += float64(quotient) * float64(quotient)
+
+
+@inlined
+def _total(lanes: Any) -> Any:
+    """Add the lanes by halves."""
+    half = LANES // 2
+    while half > 0:
+        for i in range(half):
+            lanes[i] += lanes[half + i]
+        half //= 2
+    return lanes[0]
+
+
+@kernel("void(int64[::1], int64[:, ::1], float32[::1])")
+def add_rows(rows: NDArray[np.int64], steps: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+    """Add rows up.
 
     Args:
-        rows: int64, (num_rows,); addresses of float32 rows of `num_elements` elements; rows named first in an
-            addition are overwritten.
-        additions: int64, (num_additions, 2), C-contiguous; (into, from) indices of rows, in the order to apply.
-        num_elements: elements in every row.
+        rows: int64, (num_rows,), at least one; addresses of float32 rows as long as `out`; read only.
+        steps: int64, (num_steps, 2 + MAX_OPERANDS), C-contiguous, at least one: (kind, into, operands...), in the order
+            to add. An operand below num_rows is a row, the others are scratch; `into` is scratch and none of the
+            step's operands. Unused operands are 0.
+        out: float32, (num_elements,); overwritten with the last step's result; it overlaps no row.
     """
-    for first in range(0, num_elements, BLOCK_SIZE):
-        _add_block(rows, additions, first, min(BLOCK_SIZE, num_elements - first))
+    num_elements = out.shape[0]
+    scratch = np.empty(steps.shape[0] * CHUNK_SIZE, np.float32)
+    for first in range(0, num_elements, CHUNK_SIZE):
+        size = min(CHUNK_SIZE, num_elements - first)
+        _add_chunk(rows, steps, scratch.ctypes.data, first, size, _view(out.ctypes.data + first * 4, size))
 
 
 @kernel("void(int64[::1], int64[:, ::1], float32, float32[::1], float64[::1])")
-def sum_rows(
+def mean_rows(
     rows: NDArray[np.int64],
-    additions: NDArray[np.int64],
+    steps: NDArray[np.int64],
     divisor: float,
     out: NDArray[np.float32],
     squares: NDArray[np.float64],
 ) -> None:
-    """Apply additions, divide the first row by `divisor` into `out`, and add up squares block by block.
+    """Add rows up, divide the sum, and add up the squares of the quotients block by block.
 
     Args:
-        rows: int64, (num_rows,); addresses of float32 rows as long as `out`; overwritten as in `add_rows`.
-        additions: int64, (num_additions, 2), C-contiguous; they must end with the whole sum in row 0.
+        rows: as in `add_rows`.
+        steps: as in `add_rows`.
         divisor: what the sum is divided by (a true division: x / 3 is not x * (1 / 3)).
-        out: float32, (num_elements,); overwritten.
-        squares: float64, (ceil(num_elements / BLOCK_SIZE),); overwritten with each block's sum of squares. Eight
-            running sums in a fixed arrangement: as fast as memory, and the same bits on every rank count.
+        out: float32, (num_elements,); overwritten; it overlaps no row.
+        squares: float64, (ceil(num_elements / BLOCK_SIZE),); overwritten with each block's sum of squares, the
+            same bits on every rank count, and finite exactly if all of the block's elements are.
     """
     num_elements = out.shape[0]
-    block = 0
-    for first in range(0, num_elements, BLOCK_SIZE):
-        size = min(BLOCK_SIZE, num_elements - first)
-        _add_block(rows, additions, first, size)
-        total = _block(rows[0], first, size)
-        for i in range(size):
-            out[first + i] = total[i] / divisor
-        squares[block] = _square_sum(out[first : first + size])
-        block += 1
+    scratch = np.empty(steps.shape[0] * CHUNK_SIZE, np.float32)
+    lanes = np.empty(LANES, np.float64)
+    for block in range(squares.shape[0]):
+        lanes[:] = 0.0
+        stop = min((block + 1) * BLOCK_SIZE, num_elements)
+        for first in range(block * BLOCK_SIZE, stop, CHUNK_SIZE):
+            size = min(CHUNK_SIZE, stop - first)
+            address = out.ctypes.data + first * 4
+            _add_chunk(rows, steps, scratch.ctypes.data, first, size, _view(address, size))
+            _divide_chunk(address, size, divisor, lanes)
+        squares[block] = _total(lanes)
+
+
+@kernel("void(float32[::1], float32, float64[::1])")
+def divide(values: NDArray[np.float32], divisor: float, squares: NDArray[np.float64]) -> None:
+    """The second half of `mean_rows`, in place, where the sum was made before the divisor was known.
+
+    Args:
+        values: float32, (num_elements,); overwritten.
+        divisor: as in `mean_rows`.
+        squares: as in `mean_rows`.
+    """
+    num_elements = values.shape[0]
+    lanes = np.empty(LANES, np.float64)
+    for block in range(squares.shape[0]):
+        lanes[:] = 0.0
+        stop = min((block + 1) * BLOCK_SIZE, num_elements)
+        for first in range(block * BLOCK_SIZE, stop, CHUNK_SIZE):
+            _divide_chunk(values.ctypes.data + first * 4, min(CHUNK_SIZE, stop - first), divisor, lanes)
+        squares[block] = _total(lanes)

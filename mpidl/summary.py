@@ -32,7 +32,7 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
         "batch_size": facts["batch_size"],
         "group_size": facts["group_size"],
         "parameters": manager.layout.num_elements,
-        "shard_size": manager.shard[1] - manager.shard[0],
+        "shard_size": sum(stop - start for start, stop in manager.shard_runs),
         "memory_per_rank_bytes": manager.memory_bytes(),
         "train_samples": facts["train_samples"],
         "validation_samples": facts["validation_samples"],

@@ -88,11 +88,16 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 def _check_shards(manifest: dict[str, Any]) -> None:
     """Raise unless the shards cover all elements, and all entries are of the types that readers expect."""
-    position = 0
+    runs = []
     for entry in manifest["shards"]:
-        if (int(entry["start"]), str(entry["file"]), len(entry["sha256"])) != (position, entry["file"], 64):
-            raise ValueError(f"shard {entry['file']} does not begin at element {position}")
-        position = int(entry["stop"])
+        if (str(entry["file"]), len(entry["sha256"])) != (entry["file"], 64):
+            raise ValueError(f"the name or checksum of shard {entry['file']}")
+        runs += [(int(start), int(stop), entry["file"]) for start, stop in entry["runs"]]
+    position = 0
+    for start, stop, file in sorted(runs):
+        if start != position or stop <= start:
+            raise ValueError(f"shard {file} does not go on at element {position}")
+        position = stop
     total = sum(math.prod(int(length) for length in shape) for _, shape in manifest["tensors"])
     if position != total:
         raise ValueError(f"the shards end at element {position} of {total}")

@@ -47,6 +47,7 @@ from mpidl.checkpoint.files import (
 )
 from mpidl.errors import CheckpointError
 from mpidl.parameters import FlatLayout, ParameterManager
+from mpidl.parameters.layout import Piece, merge_pieces
 from mpidl.parameters.state import group_options, merge_scalars
 
 Float32Array = NDArray[np.float32]
@@ -108,29 +109,38 @@ def _make_empty(path: pathlib.Path) -> None:
     path.mkdir(parents=True)
 
 
-def without_gaps(layout: FlatLayout, vector: Float32Array, piece: tuple[int, int]) -> Float32Array:
+def without_gaps(layout: FlatLayout, vector: Float32Array, piece: Piece) -> Float32Array:
     """The elements of `piece`, alignment gaps left out; `vector` begins at the piece's start."""
     parts = [vector[start - piece[0] : stop - piece[0]] for _, start, stop in layout.tensors_in(piece)]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def _shard_without_gaps(layout: FlatLayout, vector: Float32Array, runs: list[Piece]) -> Float32Array:
+    """A shard's vector, whose runs stand one behind the other, alignment gaps left out."""
+    parts, offset = [np.empty(0, np.float32)], 0
+    for start, stop in runs:
+        parts.append(without_gaps(layout, vector[offset : offset + stop - start], (start, stop)))
+        offset += stop - start
+    return np.concatenate(parts)
 
 
 def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str, Any]:
     """Write this rank's file; an empty entry when it holds nothing."""
-    layout, shard, rank = manager.layout, manager.shard, manager.world.rank
-    start, stop = layout.unpadded(shard)
-    if start == stop:
+    layout, runs, rank = manager.layout, manager.shard_runs, manager.world.rank
+    unpadded = [layout.unpadded(run) for run in runs]
+    if all(start == stop for start, stop in unpadded):
         return {}
-    weights = without_gaps(layout, manager.weights[shard[0] : shard[1]], shard)
+    weights = np.concatenate([without_gaps(layout, manager.weights[start:stop], (start, stop)) for start, stop in runs])
     if not np.isfinite(weights).all():
         raise CheckpointError("the weights are not finite any more; the previous checkpoint is kept")
     arrays = {"weights": weights}
     for key, vector in manager.shard_optimizer.arrays().items():
-        arrays[f"state.{key}"] = without_gaps(layout, vector, shard)
+        arrays[f"state.{key}"] = _shard_without_gaps(layout, vector, runs)
     path = directory / f"shard-{rank:05d}-of-{manager.world.size:05d}.safetensors"
     save_arrays(arrays, path)
     usual_mode(path)
     sync(path)  # by the host that wrote it: on network file systems nobody else can
-    return {"file": path.name, "start": start, "stop": stop, "sha256": digest(path)}
+    return {"file": path.name, "runs": merge_pieces(unpadded), "sha256": digest(path)}
 
 
 def _finish(
@@ -204,8 +214,10 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
     world.node_barrier()
     for tensor, value in rest:
         tensor.copy_(value)
-    start, stop = manager.shard
-    manager.weights[start:stop] = vectors.pop("weights")
+    weights, offset = vectors.pop("weights"), 0
+    for start, stop in manager.shard_runs:
+        manager.weights[start:stop] = weights[offset : offset + stop - start]
+        offset += stop - start
     manager.shard_optimizer.load(vectors, manifest["optimizer"]["state"])
     for group, options in zip(manager.param_groups, manifest["optimizer"]["options"], strict=True):
         group["lr"] = options.get("lr", group["lr"])  # the other options are the same
@@ -260,38 +272,49 @@ def _check_digest(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
 
 def _read_shard(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Float32Array]:
     """This rank's part of every vector, float32, (shard size,), alignment gaps filled with zeros."""
-    layout, shard = manager.layout, manager.shard
+    layout, runs = manager.layout, manager.shard_runs
     keys = {"weights", *(f"state.{k}" for entry in manifest["optimizer"]["state"] for k in entry.get("arrays", []))}
-    wanted = layout.unpadded(shard)
-    compact = {key: np.zeros(wanted[1] - wanted[0], np.float32) for key in keys}
-    for key, start, values in _overlaps(path, manifest, wanted):
-        compact[key][start - wanted[0] : start - wanted[0] + values.size] = values
-    vectors = {}
-    for key, values in compact.items():
-        vector, offset = np.zeros(shard[1] - shard[0], np.float32), 0
-        for _, start, stop in layout.tensors_in(shard):
-            vector[start - shard[0] : stop - shard[0]] = values[offset : offset + stop - start]
-            offset += stop - start
-        vectors[key.removeprefix("state.")] = vector
-    return vectors
+    vectors: dict[str, list[Float32Array]] = {key.removeprefix("state."): [np.empty(0, np.float32)] for key in keys}
+    for run in runs:
+        wanted = layout.unpadded(run)
+        compact = {key: np.zeros(wanted[1] - wanted[0], np.float32) for key in keys}
+        for key, start, values in _overlaps(path, manifest, wanted):
+            compact[key][start - wanted[0] : start - wanted[0] + values.size] = values
+        for key, values in compact.items():
+            vectors[key.removeprefix("state.")].append(_with_gaps(layout, values, run))
+    return {key: np.concatenate(parts) for key, parts in vectors.items()}
+
+
+def _with_gaps(layout: FlatLayout, compact: Float32Array, run: Piece) -> Float32Array:
+    vector, offset = np.zeros(run[1] - run[0], np.float32), 0
+    for _, start, stop in layout.tensors_in(run):
+        vector[start - run[0] : stop - run[0]] = compact[offset : offset + stop - start]
+        offset += stop - start
+    return vector
 
 
 def _overlaps(
-    path: pathlib.Path, manifest: Mapping[str, Any], wanted: tuple[int, int]
+    path: pathlib.Path, manifest: Mapping[str, Any], wanted: Piece
 ) -> Iterator[tuple[str, int, Float32Array]]:
     """(vector, first element, values) of every run of wanted elements, file by file."""
     for entry in manifest["shards"]:
-        start, stop = max(entry["start"], wanted[0]), min(entry["stop"], wanted[1])
-        if start >= stop:
+        found, offset = [], 0
+        for first, last in entry["runs"]:
+            start, stop = max(first, wanted[0]), min(last, wanted[1])
+            if start < stop:
+                found.append((start, offset + start - first, stop - start))
+            offset += last - first
+        if not found:
             continue
         file = path / pathlib.PurePath(entry["file"]).name
         try:
             with safe_open(file, framework="numpy") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a dict)
-                    values = opened.get_slice(key)[start - entry["start"] : stop - entry["start"]]
-                    if values.shape != (stop - start,):
-                        raise CheckpointError(f"{file} holds {values.shape} elements of {key} from {start} to {stop}")
-                    yield key, start, values
+                    for start, place, size in found:
+                        values = opened.get_slice(key)[place : place + size]
+                        if values.shape != (size,):
+                            raise CheckpointError(f"{file} holds {values.shape} elements of {key} from {start}")
+                        yield key, start, values
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
 

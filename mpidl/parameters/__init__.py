@@ -1,10 +1,20 @@
 """The parameter manager: one flat vector, summed in a fixed tree, updated in shards, kept once per node."""
 
 from mpidl.parameters.assignment import Assignment
-from mpidl.parameters.layout import FlatLayout, shards
+from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.manager import ParameterManager
 from mpidl.parameters.reduction import REDUCTIONS
 from mpidl.parameters.timing import PHASES
 from mpidl.parameters.update import OptimizerFactory
+from mpidl.parameters.wire import WIRES
 
-__all__ = ["PHASES", "REDUCTIONS", "Assignment", "FlatLayout", "OptimizerFactory", "ParameterManager", "shards"]
+__all__ = [
+    "PHASES",
+    "REDUCTIONS",
+    "WIRES",
+    "Assignment",
+    "FlatLayout",
+    "OptimizerFactory",
+    "ParameterManager",
+    "Shards",
+]

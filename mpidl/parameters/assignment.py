@@ -8,6 +8,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from mpidl import kernels
 from mpidl.parameters import tree
 
 
@@ -32,6 +33,35 @@ class Assignment:
         """Rows that a rank needs while it computes its partitions in order."""
         return tree.num_slots(self.num_partitions, *self.range_of(rank))
 
+    def rows_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """The tree nodes in a rank's rows, slot by slot, when it has ended its last partition.
+
+        The last partition's row stands by itself: the exchange adds it to the others in the same pass as the other
+        ranks' rows.
+        """
+        start, stop = self.range_of(rank)
+        if start == stop:
+            return ()
+        return (*tree.cover(self.num_partitions, start, stop - 1), (stop - 1, stop))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Addends:
+    """Rows that are added up into one, and the steps for `mpidl.kernels`."""
+
+    rows: tuple[int, ...]
+    """Indices of the rows."""
+    steps: NDArray[np.int64]
+    """(num_steps, 2 + kernels.MAX_OPERANDS)."""
+
+    @classmethod
+    def of(cls, row_sum: tree.RowSum) -> Addends:
+        """With the steps as the kernels take them."""
+        steps = np.zeros((len(row_sum.steps), 2 + kernels.MAX_OPERANDS), np.int64)
+        for line, step in zip(steps, row_sum.steps, strict=True):
+            line[: len(step)] = step
+        return cls(row_sum.rows, steps)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowPlan:
@@ -39,18 +69,14 @@ class RowPlan:
 
     local: tuple[tuple[int, int], ...]
     """(local rank, slot) of each row on this node, left to right."""
-    node_additions: NDArray[np.int64]
-    """(k, 2) additions among `local` that merge the node's rows as far as the tree allows."""
-    node_rows: tuple[int, ...]
-    """Indices into `local` of the rows that are left after `node_additions`: what this node sends."""
+    sent: tuple[Addends, ...]
+    """What this node sends: its rows added up as far as the tree allows; indices into `local`."""
     rows_of_node: tuple[int, ...]
     """How many rows each node sends."""
     partitions_of_node: tuple[tuple[int, int], ...]
     """The partitions [start, stop) of each node."""
-    order: tuple[int, ...]
-    """Order in which (`local` rows, then the other nodes' rows, node by node) stand from left to right."""
-    additions: NDArray[np.int64]
-    """(k, 2) additions over rows in `order`, ending with the whole sum in row 0."""
+    total: Addends
+    """The whole sum; indices into `local`, followed by the rows of the other nodes, node by node."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,27 +92,18 @@ def row_plan(assignment: Assignment, node_of: tuple[int, ...], rank: int) -> Row
     node, num_nodes = node_of[rank], node_of[-1] + 1
     firsts = [node_of.index(n) for n in range(num_nodes)] + [len(node_of)]
     spans = tuple((assignment.starts[firsts[n]], assignment.starts[firsts[n + 1]]) for n in range(num_nodes))
-    local, local_ranges = [], []
+    local, ranges = [], []
     for local_rank in range(firsts[node + 1] - firsts[node]):
-        for slot, row in enumerate(tree.cover(total, *assignment.range_of(firsts[node] + local_rank))):
+        for slot, row in enumerate(assignment.rows_of(firsts[node] + local_rank)):
             local.append((local_rank, slot))
-            local_ranges.append(row)
-    node_pairs, node_rows = tree.additions(total, local_ranges)
+            ranges.append(row)
     remote = [row for n in range(num_nodes) if n != node for row in tree.cover(total, *spans[n])]
-    ranges = local_ranges + remote
-    order = sorted(range(len(ranges)), key=ranges.__getitem__)
-    pairs, left = tree.additions(total, [ranges[i] for i in order])
-    assert left == [0], "the rows of all nodes do not cover the partitions"
+    whole = tree.sums(total, ranges + remote)
+    assert len(whole) == 1, "the rows of all nodes do not cover the partitions"
     return RowPlan(
         local=tuple(local),
-        node_additions=_pairs(node_pairs),
-        node_rows=tuple(node_rows),
+        sent=tuple(Addends.of(each) for each in tree.sums(total, ranges)),
         rows_of_node=tuple(len(tree.cover(total, *span)) for span in spans),
         partitions_of_node=spans,
-        order=tuple(order),
-        additions=_pairs(pairs),
+        total=Addends.of(whole[0]),
     )
-
-
-def _pairs(pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)

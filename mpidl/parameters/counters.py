@@ -7,14 +7,23 @@ of their own. Sums over partitions are made locally, in partition order, in floa
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.parameters.assignment import Assignment
-from mpidl.runtime import World, share
+from mpidl.runtime import Pending, World, share
 
 FIELDS = ("loss_sum", "weight", "samples", "flags")
 LOSS_SUM, WEIGHT, SAMPLES, FLAGS = range(len(FIELDS))
+
+EQUAL_WEIGHTS = 1
+"""Flag: `step` was called without num_samples."""
+
+TOO_EARLY = 2
+"""Flag: gradients changed after their bucket was announced; everything has to be reduced once more."""
 
 
 class Counters:
@@ -43,23 +52,22 @@ class Counters:
             start, stop = assignment.range_of(first + local_rank)
             self.table[start:stop] = segment[start:stop]
 
-    def words(self, start: int, stop: int) -> int:
-        """Float32 words that partitions [start, stop) take in a message."""
-        return 2 * len(FIELDS) * (stop - start)
+    def num_bytes(self, start: int, stop: int) -> int:
+        """Bytes that partitions [start, stop) take in a message."""
+        return 8 * len(FIELDS) * (stop - start)
 
-    def pack(self, start: int, stop: int) -> NDArray[np.float32]:
-        """The bytes of partitions [start, stop), as float32 words."""
-        return self.table[start:stop].reshape(-1).view(np.float32)
+    def pack(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of partitions [start, stop), as of now."""
+        return self.table[start:stop].reshape(-1).view(np.uint8)
 
-    def unpack(self, words: NDArray[np.float32], start: int, stop: int) -> int:
-        """Take partitions [start, stop) from the front of a message; returns the words taken."""
-        count = self.words(start, stop)
-        self.table[start:stop].reshape(-1).view(np.float32)[:] = words[:count]
-        return count
+    def unpack(self, message: NDArray[Any], start: int, stop: int) -> None:
+        """Take partitions [start, stop) from a message of `num_bytes` bytes."""
+        self.table[start:stop].reshape(-1).view(np.uint8)[:] = message.view(np.uint8)
 
-    def allgather(self, world: World, assignment: Assignment) -> None:
-        """Complete `table` by a collective of its own."""
+    def allgather(self, world: World, assignment: Assignment) -> Generator[Pending, None, None]:
+        """Complete `table` by a collective of its own, which is over when its result is taken. Collective."""
         start, stop = assignment.range_of(world.rank)
         counts = [len(FIELDS) * (assignment.starts[r + 1] - assignment.starts[r]) for r in range(world.size)]
-        gathered = world.allgather_varying(self._own[start:stop].reshape(-1), counts)
+        gathered, pending = world.start_allgather_varying(self._own[start:stop].reshape(-1), counts)
+        yield pending
         self.table[: assignment.num_partitions] = gathered.reshape(-1, len(FIELDS))

@@ -2,61 +2,90 @@
 
 Who owns which memory:
 
-- *rows*: each rank's segment of node-shared memory holds its `num_slots` rows. The rank alone writes them until the
-  node barrier that begins the exchange; from there to the barrier that ends it, every rank of the node writes the
-  slices of all rows that it has to sum, and no slice has two writers.
+- *rows*: each rank's segment of node-shared memory holds its `num_slots` rows. The rank alone writes them; from the
+  node barrier that says that a bucket of them is complete, to the one that says that the bucket's result is there, every
+  rank of the node may read it.
+- *sums*: each rank's segment that receives the sum over its shard. Its owner alone reads it. With the reduction "mpi"
+  on nodes of different sizes another rank of the node writes it.
 - *result*: one copy per node in node-shared memory. A rank writes its own shard; its node's duty rank for shard s
-  receives shard s from its owner. Everyone may read it from the barrier that ends the exchange to the one that begins
-  the next.
+  receives shard s from its owner.
 
 Shard s belongs to rank s. On another node, it is the duty of the rank whose local rank is the owner's local rank
 modulo that node's size: it sums shard s over its node's rows, sends the sums to the owner, and receives the result.
-
-If a rank stops here, the others of its node wait in a node barrier and those of other nodes in the all-to-all: the
-launcher or the abort hook ends them.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.parameters.assignment import RowPlan
-from mpidl.parameters.layout import Piece, shards
-from mpidl.runtime import World, share
+from mpidl.parameters.layout import Piece, Shards, Slice
+from mpidl.runtime import Pending, World, share
 
 Float32Array = NDArray[np.float32]
 
 
-class Exchange:
-    """Rows and result of one flat vector of `size` float32. Construction is collective."""
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A run of cells that is exchanged together."""
 
-    def __init__(self, world: World, size: int, num_slots: int) -> None:
+    index: int
+    first_cell: int
+    last_cell: int
+    """The cell behind the bucket's last one."""
+    span: Piece
+    """Its elements [start, stop) of the vector."""
+
+
+class Exchange:
+    """Rows, sums and result of one flat vector of `size` float32. Construction is collective."""
+
+    def __init__(self, world: World, size: int, num_slots: int, *, num_cells: int | None = 1) -> None:
         self.world = world
         self.size = size
         self.num_slots = num_slots
-        self.shards = shards(size, world.size, kernels.BLOCK_SIZE)
+        self._pieces: dict[tuple[Bucket, int], list[Slice]] = {}
+        self.shards = Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=num_cells)
         self._segments = [segment.view(np.float32) for segment in share(world, 4 * size * num_slots)]
         own = self._segments[world.local_rank]
         self.rows: list[Float32Array] = [own[slot * size : (slot + 1) * size] for slot in range(num_slots)]
         """This rank's rows, float32, (size,) each."""
+        self.sums = [segment.view(np.float32) for segment in share(world, 4 * self.shards.size_of(world.rank))]
+        """The sums over the shards of this node's ranks, by local rank, float32, (shard size,)."""
         self.result: Float32Array = share(world, 4 * size if world.local_rank == 0 else 0)[0].view(np.float32)
         """The node's one copy, float32, (size,)."""
 
     @property
-    def shard(self) -> Piece:
-        """This rank's [start, stop) of the vector."""
-        return self.shards[self.world.rank]
+    def sum(self) -> Float32Array:
+        """The sum over this rank's shard, float32, (shard size,)."""
+        return self.sums[self.world.local_rank]
 
-    def addresses(self, rows: tuple[tuple[int, int], ...], offset: int) -> NDArray[np.int64]:
+    def buckets(self, cells_per_bucket: int) -> list[Bucket]:
+        """All cells, so many to a bucket."""
+        cells = self.shards.cells
+        firsts = range(0, len(cells), cells_per_bucket)
+        lasts = [min(first + cells_per_bucket, len(cells)) for first in firsts]
+        return [
+            Bucket(index, first, last, (cells[first][0], cells[last - 1][1]))
+            for index, (first, last) in enumerate(zip(firsts, lasts, strict=True))
+        ]
+
+    def pieces(self, bucket: Bucket, rank: int) -> list[Slice]:
+        """A rank's pieces of a bucket, none of them empty."""
+        found = self._pieces.get((bucket, rank))
+        if found is None:
+            start, stop = bucket.span
+            slices = self.shards.slices(rank, max(self.size, 1))
+            found = self._pieces[bucket, rank] = [each for each in slices if start <= each.start < stop]
+        return found
+
+    def addresses(self, rows: Sequence[tuple[int, int]], offset: int) -> list[int]:
         """Addresses of the element `offset` of (local rank, slot) rows of this node."""
-        base = [self._segments[local].ctypes.data + 4 * (slot * self.size + offset) for local, slot in rows]
-        return np.array(base, dtype=np.int64)
-
-    def row_of(self, local_rank: int, slot: int) -> Float32Array:
-        """A row of any rank of this node."""
-        return self._segments[local_rank][slot * self.size : (slot + 1) * self.size]
+        return [self._segments[local].ctypes.data + 4 * (slot * self.size + offset) for local, slot in rows]
 
     def duties(self) -> list[int]:
         """The shards, of all ranks, that this rank sums over its node's rows."""
@@ -68,20 +97,18 @@ class Exchange:
         local = shard - world.first_rank_of(world.node_of[shard])
         return world.first_rank_of(node) + local % world.node_sizes[node]
 
-    def merge_node_rows(self, plan: RowPlan, piece: Piece) -> None:
-        """Add this node's rows over one piece, in place, as far as the tree allows."""
-        kernels.add_rows(self.addresses(plan.local, piece[0]), plan.node_additions, piece[1] - piece[0])
-
-    def distribute(self, array: NDArray[np.float32] | NDArray[np.float64], pieces: list[Piece]) -> None:
-        """Bring every rank's piece of a node-shared array to all other nodes. Collective; no barrier at the end.
+    def start_spread(self, lane: World, bucket: Bucket) -> list[Pending]:
+        """Begin to bring every rank's pieces of a bucket of the result to all other nodes. Collective.
 
         Args:
-            array: one-dimensional, one copy per node; each rank has written its piece.
-            pieces: every rank's [start, stop) of the array.
+            lane: whose communicators to use.
+            bucket: this rank has written its pieces of it.
         """
+        cells = range(bucket.first_cell, bucket.last_cell)
+        return [self._start_spread(lane, [pieces[cell] for pieces in self.shards.pieces]) for cell in cells]
+
+    def _start_spread(self, lane: World, pieces: list[Piece]) -> Pending:
         world = self.world
-        if world.num_nodes == 1:
-            return
         send_counts, receive_counts = [0] * world.size, [0] * world.size
         start, stop = pieces[world.rank]
         for node in range(world.num_nodes):
@@ -94,4 +121,14 @@ class Exchange:
         base = stop if start == 0 else 0
         receive_offsets = [max(0, piece[0] - base) for piece in pieces]
         nothing = [0] * world.size
-        world.alltoall_varying(array[start:stop], send_counts, nothing, array[base:], receive_counts, receive_offsets)
+        array = self.result
+        return lane.start_alltoall_varying(
+            array[start:stop], send_counts, nothing, array[base:], receive_counts, receive_offsets
+        )
+
+    def spread(self) -> None:
+        """Bring every rank's shard of the result to all other nodes. Collective; no barrier at the end."""
+        if self.world.num_nodes > 1:
+            for bucket in self.buckets(1):
+                for pending in self.start_spread(self.world, bucket):
+                    pending.wait()

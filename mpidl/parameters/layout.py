@@ -2,7 +2,7 @@
 
 Offsets depend on the tensors only, never on the number of ranks. Every tensor begins at a multiple of 16 elements
 (64 bytes, the alignment that torch gives its own tensors, on which MKL's bits may depend); the gaps hold zeros and
-stay zero. Shards are cut at multiples of `BLOCK_SIZE` elements, so a block's square sum never depends on the cut and
+stay zero. Pieces are cut at multiples of `BLOCK_SIZE` elements, so a block's square sum never depends on the cut and
 no vectorised optimizer meets an unaligned end.
 """
 
@@ -78,7 +78,7 @@ class FlatLayout:
 
 
 def shards(size: int, world_size: int, block_size: int) -> list[Piece]:
-    """Cut [0, size) into one contiguous shard per rank, at multiples of `block_size`.
+    """Cut [0, size) into one contiguous piece per rank, at multiples of `block_size`.
 
     Sizes differ by at most one block; with fewer blocks than ranks some ranks hold nothing.
     """
@@ -87,9 +87,87 @@ def shards(size: int, world_size: int, block_size: int) -> list[Piece]:
     return list(itertools.pairwise(cuts))
 
 
-def block_pieces(pieces: Sequence[Piece], block_size: int) -> list[Piece]:
-    """Each shard's [first, last) block numbers."""
-    return [(start // block_size, -(-stop // block_size)) if start < stop else (0, 0) for start, stop in pieces]
+MIN_CELL_SIZE = 1 << 18
+"""Elements of the smallest cell, unless it would give some rank less than one block: 1 MiB."""
+
+MAX_CELLS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A run of elements that one rank owns."""
+
+    start: int
+    stop: int
+    offset: int
+    """Where the run begins in the rank's shard, whose slices stand one behind the other."""
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.stop - self.start
+
+    @property
+    def own(self) -> slice:
+        """The run in the rank's shard."""
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Who owns which elements: the vector is dealt out cell by cell, one piece of each cell to every rank.
+
+    What is exchanged together, a bucket, is a run of cells; so every rank owns a piece of every bucket, and buckets of
+    another length change nobody's shard. Pieces are cut at multiples of `block_size`.
+    """
+
+    cells: tuple[Piece, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    """Each rank's piece of each cell; (x, x) where it has none."""
+
+    @classmethod
+    def of(cls, size: int, world_size: int, block_size: int, *, num_cells: int | None = None) -> Shards:
+        """Deal [0, size) out.
+
+        Args:
+            size: elements of the vector.
+            world_size: number of ranks.
+            block_size: what cuts are multiples of.
+            num_cells: 1 gives everyone one contiguous piece; None: as many as buckets may be wanted.
+        """
+        if num_cells is None:
+            wanted = max(MIN_CELL_SIZE, -(-size // MAX_CELLS))
+            cell_size = _round_up(wanted, world_size * block_size)  # so all pieces but the last cell's are alike
+        else:
+            cell_size = _round_up(max(1, -(-size // num_cells)), block_size)
+        cells = tuple((start, min(size, start + cell_size)) for start in range(0, size, cell_size)) or ((0, 0),)
+        dealt = [
+            [(start + low, start + high) for low, high in shards(stop - start, world_size, block_size)]
+            for start, stop in cells
+        ]
+        return cls(cells, tuple(zip(*dealt, strict=True)))
+
+    def size_of(self, rank: int) -> int:
+        """Elements of a rank's shard."""
+        return sum(stop - start for start, stop in self.pieces[rank])
+
+    def runs(self, rank: int) -> list[Piece]:
+        """A rank's shard in as few pieces as it takes; none is empty."""
+        return merge_pieces(self.pieces[rank])
+
+    def slices(self, rank: int, max_size: int) -> list[Slice]:
+        """A rank's shard in slices of at most `max_size` elements, each in one cell, cut at multiples of it."""
+        found, offset = [], 0
+        for start, stop in self.pieces[rank]:
+            for first in range(start, stop, max_size):
+                last = min(first + max_size, stop)
+                found.append(Slice(first, last, offset))
+                offset += last - first
+        return found
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def merge_pieces(pieces: Iterable[Piece]) -> list[Piece]:

@@ -21,7 +21,7 @@ from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.buffers import ModelBuffers
-from mpidl.parameters.layout import FlatLayout
+from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.model import (
     check_model,
     check_state_names,
@@ -34,6 +34,7 @@ from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
 from mpidl.parameters.synchronizer import Synchronizer
 from mpidl.parameters.update import OptimizerFactory, ShardOptimizer
+from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import SharedMemoryError, World, init, warn
 
 
@@ -52,6 +53,8 @@ class ParameterManager:
         optimizer: callable from param groups to an element-wise `torch.optim.Optimizer`, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3)`.
         reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes).
+        wire: what travels between nodes: "float32", or "bfloat16" (half the bytes; sums and the owner's weights stay
+            float32).
         param_groups: as torch's: a list of dicts with "params" and options; must hold every trainable parameter once.
         world: default `mpidl.init()`.
         assignment: who computes which partitions; default: rank r is partition r.
@@ -67,6 +70,7 @@ class ParameterManager:
         optimizer: OptimizerFactory,
         *,
         reduction: str = "ordered",
+        wire: str = "float32",
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         world: World | None = None,
         assignment: Assignment | None = None,
@@ -77,6 +81,8 @@ class ParameterManager:
         with self.world.agreed("checking the model"):
             if reduction not in REDUCTIONS:
                 raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+            if wire not in WIRES:
+                raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
@@ -84,18 +90,18 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._sync = self._allocate(REDUCTIONS[reduction])
+        self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire])
         self._place_model(with_caches=True)
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
-                optimizer, self._groups, self.layout, self.weights, self._sync.gradient, self.shard
+                optimizer, self._groups, self.layout, self.weights, self._sync.gradients.sum, self._sync.slices
             )
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
-    def _allocate(self, reduction: Reduction) -> Synchronizer:
+    def _allocate(self, reduction: Reduction, wire: Wire) -> Synchronizer:
         try:
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire)
         except SharedMemoryError as error:
             copies = 4 * self.layout.size * (self.world.local_size - 1)
             warn(
@@ -104,36 +110,42 @@ class ParameterManager:
                 "/dev/shm (in containers: --shm-size)"
             )
             self.world = self.world.without_shared_memory()
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire)
 
     def _place_model(self, *, with_caches: bool) -> None:
         """Let the model live in the node's weights, and autograd in this rank's rows."""
         weights.place(self.world, self.model, self._parameters, self.layout, self.weights, with_caches=with_caches)
         self._buffers.take_base()
-        self._rows = GradientRows(self._parameters, self.layout, self._sync.gradients.rows)
+        route, rows = self._sync.route, self._sync.gradients.rows
+        spans = [bucket.span for bucket in route.buckets]
+        if hasattr(self, "_rows"):
+            self._rows.release()
+        self._rows = GradientRows(self._parameters, self.layout, rows, spans, route.announce)
         self._rows.open(0)
 
     # --- partitions -----------------------------------------------------------------------------------------------
 
     def begin_partition(self, assignment: Assignment, partition: int) -> None:
-        """Make ready for one partition's forward and backward: a zeroed row, the iteration's own buffers.
+        """Make ready for one partition's forward and backward: an empty row, the iteration's own buffers.
 
         A rank runs its partitions in ascending order.
         """
-        start, _ = assignment.range_of(self.world.rank)
-        self._rows.open(len(tree.cover(assignment.num_partitions, start, partition)))
+        start, stop = assignment.range_of(self.world.rank)
+        self._sync.route.begin(assignment)
+        slot = len(tree.cover(assignment.num_partitions, start, partition))
+        self._rows.open(slot, is_last=partition == stop - 1)
         self._buffers.reset()
 
     def end_partition(
         self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
     ) -> None:
         """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows."""
-        self._close_row(weight)
-        self._sync.counters.write(partition, loss_sum, weight, samples)
+        holds = self._close_row(weight)
+        self._sync.counters.write(partition, loss_sum, weight, samples, flags=0 if holds else fields.TOO_EARLY)
         self._sync.merge_own_rows(assignment, partition, self._rows.slot)
 
-    def _close_row(self, weight: float) -> None:
-        self._rows.close()
+    def _close_row(self, weight: float) -> bool:
+        holds = self._rows.close()
         self._buffers.write_changes(self._sync.changes.rows[self._rows.slot], weight)
         new = {id(p): p for p in self.model.parameters() if p.requires_grad and id(p) not in self._trained}
         if new:
@@ -142,6 +154,7 @@ class ParameterManager:
                 f"parameter {name} was frozen, or not there, when the ParameterManager was made; make a new one to "
                 "train it"
             )
+        return holds
 
     def synchronize(self, assignment: Assignment) -> NDArray[np.float64]:
         """Sum, update and share the weights, once every rank has ended its partitions. Collective.
@@ -153,6 +166,7 @@ class ParameterManager:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
         """
         table = self._sync.synchronize(assignment, self._update)
+        self._sync.wait()
         self._rows.tell_autograd()
         return table
 
@@ -176,12 +190,17 @@ class ParameterManager:
         if num_samples is not None and num_samples < 0:
             raise LayoutError(f"num_samples is {num_samples}; it must not be negative")
         weight = 1.0 if num_samples is None else float(num_samples)
-        self._close_row(weight)
+        holds = self._close_row(weight)
+        flags = fields.EQUAL_WEIGHTS if num_samples is None else 0
         if num_samples is not None:
+            holds &= not self._rows.has_announced
             self._rows.scale(weight)
-        self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags=int(num_samples is None))
+        flags |= 0 if holds else fields.TOO_EARLY
+        self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
         table = self.synchronize(self.assignment)
-        self._rows.open(0)
+        self._sync.route.begin(self.assignment)
+        # Where the weight is told last, nothing can be sent before.
+        self._rows.open(0, is_last=num_samples is None)
         return float(table[:, fields.WEIGHT].sum())
 
     @contextlib.contextmanager
@@ -198,7 +217,7 @@ class ParameterManager:
 
     def zero_grad(self) -> None:
         """Forget the gradients added since the last `step`. `model.zero_grad()` does the same. Not collective."""
-        self._rows.open(0)
+        self._rows.open(0, is_last=self._rows.is_last)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -223,9 +242,9 @@ class ParameterManager:
         return self._sync.gradients.result
 
     @property
-    def shard(self) -> tuple[int, int]:
-        """This rank's [start, stop) of the flat vector."""
-        return self._sync.gradients.shard
+    def shard_runs(self) -> list[Piece]:
+        """This rank's shard: elements [start, stop) of the flat vector, ascending."""
+        return self._sync.gradients.shards.runs(self.world.rank)
 
     @property
     def shard_optimizer(self) -> ShardOptimizer:
@@ -235,7 +254,7 @@ class ParameterManager:
     def publish(self) -> None:
         """Bring every rank's own shard of the weights to all nodes, after it was written there. Collective."""
         self.world.node_barrier()
-        self._sync.gradients.distribute(self.weights, self._sync.gradients.shards)
+        self._sync.gradients.spread()
         self.world.node_barrier()
         self._buffers.take_base()
 
@@ -280,8 +299,8 @@ class ParameterManager:
         return {
             "weights (one copy a node)": self.weights.nbytes,
             "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),
-            "summed gradient shard": self._sync.gradient.nbytes,
-            "optimizer state, per element-wise tensor": self._sync.gradient.nbytes,
+            "summed gradient shard": self._sync.gradients.sum.nbytes,
+            "optimizer state, per element-wise tensor": self._sync.gradients.sum.nbytes,
         }
 
     def close(self) -> None:
@@ -291,6 +310,7 @@ class ParameterManager:
         """
         if not hasattr(self, "_sync"):
             return
+        self._sync.close()
         self.world.node_barrier()
         weights.take_back(self._parameters)
         self._rows.release()

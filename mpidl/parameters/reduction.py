@@ -1,157 +1,195 @@
-"""Two ways to bring the sum over all nodes to each shard's owner.
+"""Two ways to bring the sum over all nodes to each shard's owner, bucket by bucket.
 
-`ordered` (float32 in the tree's order, the same bits on any number of ranks), phases:
+Each is a generator: what stands before its first `yield` starts the bucket's exchange; each `yield` gives a collective
+that has to be over before the generator goes on. All ranks start the same buckets in the same order, on communicators
+of the starting's own (`Lanes.start`); what comes after the first `yield` uses others (`Lanes.end`), since ranks may
+reach it at other times. The rows of the node are complete when a bucket is started.
 
-1. *local sum*: for each shard of another node that is its duty, a rank merges its node's rows over that shard.
-2. *exchange*: one all-to-all carries the merged rows to the owners, and with them the counters of the node's
-   partitions, so the owner knows the divisor and every partition's loss before it updates.
-3. The owner is left with rows, its own node's still unmerged, and sums them in the tree's order.
+`ordered` (float32 sums in the tree's order; with wire "float32" the same bits on any number of ranks):
 
-`mpi` (whatever the site's MPI does best; float32; not bit-stable), phases:
+1. *local sum*: for each shard of another node that is its duty, a rank adds up its node's rows over the bucket's piece
+   of that shard, as far as the tree allows, straight into the message.
+2. *reduce_scatter*: one all-to-all carries the messages to the owners. That of the last bucket also carries the counters
+   of the node's partitions, so the owner knows the divisor and every partition's loss before it updates.
+3. The owner adds its own node's rows and the received ones in the tree's order, into its sum.
+
+`mpi` (whatever the site's MPI does best; float32; not bit-stable):
 
 1. *local sum*: on every node the ranks of the shortest node's local ranks share the shards of all ranks out among
-   them, and sum all rows of the node over those shards, in any order.
-2. *exchange*: MPI_Reduce_scatter among the ranks of one local rank; the block of a node goes to its rank, which puts
-   it into the node's first row; a node barrier; the counters follow in an allgather.
-3. The owner reads its shard there.
+   them, and add up all rows of the node over those shards' pieces, in any order.
+2. *reduce_scatter*: MPI_Reduce_scatter among the ranks of one local rank. The sum goes straight into the owner's
+   segment, which may be another rank's of the node.
+3. With the last bucket, an allgather of the counters: it ends when every rank has written its sums.
 
-If a rank stops between 1 and 3, the others wait in the collective until the job is aborted; nothing has been written
-to the weights yet.
+If a rank stops in between, the others wait in a collective until the job is aborted; nothing has been written to the
+weights yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.parameters.assignment import Assignment, RowPlan
+from mpidl.parameters.assignment import Addends, Assignment, RowPlan
 from mpidl.parameters.counters import Counters
-from mpidl.parameters.exchange import Exchange
+from mpidl.parameters.exchange import Bucket, Exchange
+from mpidl.parameters.wire import Wire
+from mpidl.runtime import Pending, World
 
 Float32Array = NDArray[np.float32]
+AnyArray = NDArray[Any]
+Steps = Generator[Pending, None, None]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """What an owner adds up over its shard."""
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Communicators for exchanges that go on side by side."""
 
-    addresses: NDArray[np.int64]
-    """Of float32 rows, at the shard's first element."""
-    additions: NDArray[np.int64]
-    """(k, 2) additions among them that leave the sum in row 0."""
-    received: Float32Array | None
-    """Keeps the memory alive that some addresses point into."""
-    local_sum_s: float
-    """Seconds spent in phase 1."""
+    start: World
+    end: World
+
+
+@dataclasses.dataclass
+class Job:
+    """One vector's reduction in one iteration."""
+
+    exchange: Exchange
+    assignment: Assignment
+    plan: RowPlan
+    wire: Wire
+    lanes: Lanes
+    local_sum_s: float = 0.0
+    """Seconds spent adding rows up."""
 
 
 class Reduction(Protocol):
-    """Brings the rows of one vector to the owners of its shards. Collective."""
+    """Brings one bucket of the sum to the owners of its shards. Collective."""
 
-    def __call__(self, exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None) -> Rows:
-        """Phases 1 and 2 for one vector; `counters`, when given, are complete afterwards."""
+    def __call__(self, job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
+        """See the module's text; `counters`, given with the last bucket, are complete afterwards."""
         ...
 
 
-def ordered(exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None) -> Rows:
-    """All-to-all of tree rows; see the module's text. Collective."""
-    world = exchange.world
-    own_start, own_stop = exchange.shard
-    local = exchange.addresses(plan.local, own_start)
-    if world.num_nodes == 1:
-        return Rows(local[list(plan.order)], plan.additions, None, 0.0)
+def ordered(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
+    """All-to-all of tree rows. Collective."""
+    exchange, plan, world = job.exchange, job.plan, job.exchange.world
     begin = time.perf_counter()
-    send, send_counts, send_offsets = _pack(exchange, assignment, plan, counters)
-    local_sum_s = time.perf_counter() - begin
-    receive_counts, receive_offsets, senders, total = [0] * world.size, [0] * world.size, [], 0
-    for node in range(world.num_nodes):
-        if node != world.node:
-            sender = exchange.duty_rank(world.rank, node)
-            senders.append((node, sender))
-            receive_offsets[sender] = total
-            receive_counts[sender] = plan.rows_of_node[node] * (own_stop - own_start)
-            if counters is not None:
-                receive_counts[sender] += counters.words(*plan.partitions_of_node[node])
-            total += receive_counts[sender]
-    received = np.empty(total, np.float32)
-    world.alltoall_varying(send, send_counts, send_offsets, received, receive_counts, receive_offsets)
-    addresses = list(local)
-    for node, sender in senders:
-        offset = receive_offsets[sender]
+    send, send_counts, send_offsets = _pack(job, bucket, counters)
+    own = exchange.pieces(bucket, world.rank)
+    own_size = sum(piece.size for piece in own)
+    counts, offsets, total = [0] * world.size, [0] * world.size, 0
+    others = [node for node in range(world.num_nodes) if node != world.node]
+    for node in others:
+        sender = exchange.duty_rank(world.rank, node)
+        offsets[sender], counts[sender] = total, plan.rows_of_node[node] * own_size
         if counters is not None:
-            offset += counters.unpack(received[offset:], *plan.partitions_of_node[node])
-        for row in range(plan.rows_of_node[node]):
-            addresses.append(received.ctypes.data + 4 * (offset + row * (own_stop - own_start)))
-    ordered_addresses = np.array([addresses[i] for i in plan.order], dtype=np.int64)
-    return Rows(ordered_addresses, plan.additions, received, local_sum_s)
-
-
-def _pack(
-    exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None
-) -> tuple[Float32Array, list[int], list[int]]:
-    """Merge this node's rows over the shards of other nodes that are this rank's duty, and lay the messages out."""
-    world = exchange.world
-    counts, offsets, parts = [0] * world.size, [0] * world.size, []
-    total = 0
-    for shard in exchange.duties():
-        if world.node_of[shard] == world.node:
-            continue
-        start, stop = exchange.shards[shard]
-        exchange.merge_node_rows(plan, (start, stop))
-        message = [] if counters is None else [counters.pack(*plan.partitions_of_node[world.node])]
-        message += [exchange.row_of(*plan.local[i])[start:stop] for i in plan.node_rows]
-        offsets[shard], counts[shard] = total, sum(part.size for part in message)
-        total += counts[shard]
-        parts += message
-    return (np.concatenate(parts) if parts else np.empty(0, np.float32)), counts, offsets
-
-
-def mpi(exchange: Exchange, assignment: Assignment, plan: RowPlan, counters: Counters | None) -> Rows:
-    """MPI_Reduce_scatter between nodes; see the module's text. Collective."""
-    world = exchange.world
-    columns = min(world.node_sizes)
+            counts[sender] += _words(job, counters, node)
+        total += counts[sender]
+    received = np.empty(total, job.wire.dtype)
+    job.local_sum_s += time.perf_counter() - begin
+    yield job.lanes.start.start_alltoall_varying(send, send_counts, send_offsets, received, counts, offsets)
     begin = time.perf_counter()
-    local_sum_s = 0.0
+    rows: list[Float32Array] = []
+    for node in others:
+        offset = offsets[exchange.duty_rank(world.rank, node)]
+        if counters is not None:
+            words = _words(job, counters, node)
+            counters.unpack(received[offset : offset + words], *plan.partitions_of_node[node])
+            offset += words
+        for row in range(plan.rows_of_node[node]):
+            rows.append(job.wire.to_values(received[offset + row * own_size : offset + (row + 1) * own_size]))
+    position = 0
+    for piece in own:
+        addresses = exchange.addresses(plan.local, piece.start)
+        addresses += [row.ctypes.data + 4 * position for row in rows]
+        kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own])
+        position += piece.size
+    job.local_sum_s += time.perf_counter() - begin
+
+
+def _words(job: Job, counters: Counters, node: int) -> int:
+    return counters.num_bytes(*job.plan.partitions_of_node[node]) // np.dtype(job.wire.dtype).itemsize
+
+
+def _chosen(addresses: Sequence[int], addends: Addends) -> NDArray[np.int64]:
+    return np.array([addresses[i] for i in addends.rows], dtype=np.int64)
+
+
+def _pack(job: Job, bucket: Bucket, counters: Counters | None) -> tuple[AnyArray, list[int], list[int]]:
+    """Add up this node's rows over the pieces of other nodes that are this rank's duty, and lay the messages out."""
+    exchange, plan, world = job.exchange, job.plan, job.exchange.world
+    head = 0 if counters is None else _words(job, counters, world.node)
+    shards = [shard for shard in exchange.duties() if world.node_of[shard] != world.node]
+    pieces = {shard: exchange.pieces(bucket, shard) for shard in shards}
+    sizes = {shard: head + len(plan.sent) * sum(piece.size for piece in pieces[shard]) for shard in shards}
+    counts, offsets = [0] * world.size, [0] * world.size
+    send = np.empty(sum(sizes.values()), job.wire.dtype)
+    position = 0
+    for shard in shards:
+        offsets[shard], counts[shard] = position, sizes[shard]
+        if counters is not None:
+            send[position : position + head] = counters.pack(*plan.partitions_of_node[world.node]).view(job.wire.dtype)
+            position += head
+        for addends in plan.sent:
+            for piece in pieces[shard]:
+                addresses = _chosen(exchange.addresses(plan.local, piece.start), addends)
+                job.wire.add_rows(addresses, addends.steps, send[position : position + piece.size])
+                position += piece.size
+    return send, counts, offsets
+
+
+def mpi(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
+    """MPI_Reduce_scatter between nodes. Collective."""
+    exchange, world = job.exchange, job.exchange.world
+    columns = min(world.node_sizes)
     if world.local_rank < columns:
-        shards = [s for s in range(world.size) if _local_rank(exchange, s) % columns == world.local_rank]
-        blocks = [_sum_in_any_order(exchange, plan, exchange.shards[s]) for s in shards]
-        local_sum_s = time.perf_counter() - begin
-        counts = [
-            sum(block.size for shard, block in zip(shards, blocks, strict=True) if world.node_of[shard] == node)
-            for node in range(world.num_nodes)
-        ]
+        begin = time.perf_counter()
+        shards = [s for s in range(world.size) if _local_rank(world, s) % columns == world.local_rank]
+        pieces = {shard: exchange.pieces(bucket, shard) for shard in shards}
+        send = np.empty(sum(piece.size for each in pieces.values() for piece in each), np.float32)
+        counts, position = [0] * world.num_nodes, 0
+        for shard in shards:
+            for piece in pieces[shard]:
+                _sum_in_any_order(job, piece.start, send[position : position + piece.size])
+                counts[world.node_of[shard]] += piece.size
+                position += piece.size
         received = np.empty(counts[world.node], np.float32)
-        world.column_reduce_scatter(np.concatenate(blocks), received, counts)
-        target, offset = exchange.row_of(0, 0), 0
+        job.local_sum_s += time.perf_counter() - begin
+        yield job.lanes.start.start_column_reduce_scatter(send, received, counts)
+        position = 0
         for shard in shards:
             if world.node_of[shard] == world.node:
-                start, stop = exchange.shards[shard]
-                target[start:stop] = received[offset : offset + stop - start]
-                offset += stop - start
-    world.node_barrier()
+                for piece in pieces[shard]:
+                    exchange.sums[_local_rank(world, shard)][piece.own] = received[position : position + piece.size]
+                    position += piece.size
+    else:
+        yield job.lanes.start.nothing()
     if counters is not None:
-        counters.allgather(world, assignment)
-    address = exchange.addresses(((0, 0),), exchange.shard[0])
-    return Rows(address, np.empty((0, 2), np.int64), None, local_sum_s)
+        yield from counters.allgather(job.lanes.end, job.assignment)
 
 
-def _local_rank(exchange: Exchange, rank: int) -> int:
-    return rank - exchange.world.first_rank_of(exchange.world.node_of[rank])
+def _local_rank(world: World, rank: int) -> int:
+    return rank - world.first_rank_of(world.node_of[rank])
 
 
-def _sum_in_any_order(exchange: Exchange, plan: RowPlan, piece: tuple[int, int]) -> Float32Array:
-    """The sum of all of this node's rows over a piece, in a new array; zeros when the node computed nothing."""
-    start, stop = piece
-    if not plan.local:
-        return np.zeros(stop - start, np.float32)
-    pairs = np.array([(0, i) for i in range(1, len(plan.local))], dtype=np.int64).reshape(-1, 2)
-    kernels.add_rows(exchange.addresses(plan.local, start), pairs, stop - start)
-    return exchange.row_of(*plan.local[0])[start:stop].copy()
+def _sum_in_any_order(job: Job, start: int, out: Float32Array) -> None:
+    """The sum of all of this node's rows over a piece; zeros when the node computed nothing."""
+    addresses = np.array(job.exchange.addresses(job.plan.local, start), dtype=np.int64)
+    if not job.plan.sent:
+        out.fill(0)
+        return
+    first, *others = job.plan.sent
+    kernels.add_rows(addresses[list(first.rows)], first.steps, out)
+    for addends in others:
+        part = np.empty_like(out)
+        kernels.add_rows(addresses[list(addends.rows)], addends.steps, part)
+        out += part
 
 
 REDUCTIONS: dict[str, Reduction] = {"ordered": ordered, "mpi": mpi}

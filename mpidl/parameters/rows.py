@@ -1,8 +1,17 @@
-"""Autograd's side of the gradient rows: every parameter's `.grad` is a view of the row that is open."""
+"""Autograd's side of the gradient rows: every gradient lands in the row that is open.
+
+An open row is not zeroed. A parameter's `.grad` is None until backward has made its first gradient; a hook copies it
+into the row and makes `.grad` a view of it, so that later ones are added there. What nothing was added to is zeroed
+when the row is closed. (Zeroing the row first, and adding into it, took one pass over memory more.)
+
+A hook also sees when a bucket of the row is complete: when each of its parameters has received as many gradients as in
+the row that was closed before. `Announcements` keeps that count, and finds out in the end whether it was right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpidl.errors import LayoutError
-from mpidl.parameters.layout import FlatLayout
+from mpidl.parameters.layout import FlatLayout, Piece
 
 
 class GradientRows:
@@ -20,6 +29,8 @@ class GradientRows:
         parameters: (name, parameter) in the layout's order, already views of the node's weights.
         layout: of a row.
         rows: float32, (layout.size,) each; written by this rank's autograd while open.
+        buckets: elements [start, stop) of each bucket.
+        announce: called with a bucket's number when it is complete, in a row that was opened as the last one.
     """
 
     def __init__(
@@ -27,6 +38,8 @@ class GradientRows:
         parameters: Sequence[tuple[str, nn.Parameter]],
         layout: FlatLayout,
         rows: Sequence[NDArray[np.float32]],
+        buckets: Sequence[Piece],
+        announce: Callable[[int], None],
     ) -> None:
         self._parameters = parameters
         self._rows = rows
@@ -34,36 +47,70 @@ class GradientRows:
             [torch.from_numpy(row[slot.offset : slot.stop]).view(slot.shape) for slot in layout.slots] for row in rows
         ]
         self._addresses = [parameter.data_ptr() for _, parameter in parameters]
+        spans = [(slot.offset, max(slot.stop, slot.offset + 1)) for slot in layout.slots]
+        self._announcements = Announcements(spans, buckets, announce)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._added, index))
+            for index, (_, parameter) in enumerate(parameters)
+        ]
         self.slot = 0
         """The row that is open."""
+        self.is_last = False
+        """Whether it is the iteration's last."""
 
-    def open(self, slot: int) -> None:
-        """Zero a row and let autograd add into it."""
-        self._rows[slot].fill(0)
-        for (_, parameter), view in zip(self._parameters, self._views[slot], strict=True):
-            parameter.grad = view
-        self.slot = slot
+    def open(self, slot: int, *, is_last: bool = False) -> None:
+        """Let autograd write into a row, from nothing.
 
-    def close(self) -> None:
-        """Bring gradients that are not in the row (set to None by the user, or replaced) into it.
+        Args:
+            slot: which row.
+            is_last: whether it is the iteration's last on this rank, whose buckets are announced.
+        """
+        self.slot, self.is_last = slot, is_last
+        for _, parameter in self._parameters:
+            parameter.grad = None
+        for index in self._announcements.open(is_last):
+            self._views[slot][index].zero_()
+
+    def _added(self, index: int, parameter: torch.Tensor) -> None:
+        """Autograd's hook: a gradient was added to `.grad`."""
+        gradient, view = parameter.grad, self._views[self.slot][index]
+        assert gradient is not None
+        if gradient.layout == torch.strided:
+            if gradient.data_ptr() != view.data_ptr():
+                view.copy_(gradient.detach())  # the graph behind it, with create_graph, must not live on here
+                parameter.grad = view
+            self._announcements.add(index, view)
+
+    def close(self) -> bool:
+        """Complete the row: gradients that are not in it (set by the user) are brought in, what has none is zeroed.
+
+        Returns:
+            Whether every bucket that was announced is still as it was then.
 
         Raises:
             LayoutError: a gradient is sparse, or a parameter's memory is not the node's weights any more.
         """
-        triples = zip(self._parameters, self._addresses, self._views[self.slot], strict=True)
-        for (name, parameter), address, view in triples:
+        views = self._views[self.slot]
+        for index, ((name, parameter), address) in enumerate(zip(self._parameters, self._addresses, strict=True)):
             if parameter.data_ptr() != address:
                 raise LayoutError(
                     f"the memory of parameter {name} was replaced (by model.to(...) or `.data =`), so updates would "
                     "not reach it; do that before the ParameterManager is made"
                 )
-            gradient = parameter.grad
+            gradient, view = parameter.grad, views[index]
             if gradient is None:
-                view.zero_()
+                if not self._announcements.is_zero(index):
+                    view.zero_()
             elif gradient.layout != torch.strided:
                 raise LayoutError(f"the gradient of {name} is sparse; use sparse=False in the embedding")
             elif gradient.data_ptr() != view.data_ptr():
-                view.copy_(gradient.detach())  # the graph behind it, with create_graph, must not live on here
+                view.copy_(gradient.detach())
+        return self._announcements.close(views)
+
+    @property
+    def has_announced(self) -> bool:
+        """Whether any bucket of the row was announced."""
+        return self._announcements.has_announced
 
     def tell_autograd(self) -> None:
         """Let graphs kept over an update fail, as after any change in place: the optimizer has views of its own."""
@@ -74,6 +121,81 @@ class GradientRows:
         self._rows[self.slot] *= np.float32(factor)
 
     def release(self) -> None:
-        """Take the views away from the parameters."""
+        """Take hooks and views away from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
         for _, parameter in self._parameters:
             parameter.grad = None
+
+
+class Announcements:
+    """Which buckets of a row are complete, judged by the row before.
+
+    Args:
+        spans: elements [start, stop) of each parameter.
+        buckets: elements [start, stop) of each bucket.
+        announce: called with the number of a bucket that is complete.
+    """
+
+    def __init__(self, spans: Sequence[Piece], buckets: Sequence[Piece], announce: Callable[[int], None]) -> None:
+        self._buckets_of = [
+            [b for b, (start, stop) in enumerate(buckets) if first < stop and start < last] for first, last in spans
+        ]
+        self._num_buckets = len(buckets)
+        self._announce = announce
+        self._expected: list[int] | None = None
+        self._counts = [0] * len(spans)
+        self._versions: dict[int, int] = {}
+        self._missing: list[int] = []
+        self._is_last = False
+        self._is_open = False
+        self._is_spoiled = False
+        self.has_announced = False
+        """Whether any bucket of the row was announced."""
+
+    def open(self, is_last: bool) -> list[int]:
+        """Begin a row; returns the parameters that will receive no gradient, if they are as last time."""
+        # What was announced and not used is thrown away here.
+        self._is_spoiled = self._is_open and (self._is_spoiled or self.has_announced)
+        self._is_open, self.has_announced = True, False
+        self._counts = [0] * len(self._buckets_of)
+        self._versions = {}
+        self._is_last = is_last
+        if not is_last or self._expected is None:
+            self._missing = []
+            return []
+        self._missing = [0] * self._num_buckets
+        for count, buckets in zip(self._expected, self._buckets_of, strict=True):
+            for bucket in buckets:
+                self._missing[bucket] += count > 0
+        return [index for index, count in enumerate(self._expected) if count == 0]
+
+    def is_zero(self, index: int) -> bool:
+        """Whether `open` named this parameter."""
+        return bool(self._missing) and self._expected is not None and self._expected[index] == 0
+
+    def add(self, index: int, view: torch.Tensor) -> None:
+        """A gradient was added to a parameter's view of the row."""
+        self._counts[index] += 1
+        if not self._missing or self._expected is None or self._counts[index] != self._expected[index]:
+            return
+        self._versions[index] = view._version
+        for bucket in self._buckets_of[index]:
+            self._missing[bucket] -= 1
+            if self._missing[bucket] == 0:
+                self.has_announced = True
+                self._announce(bucket)
+
+    def close(self, views: Sequence[torch.Tensor]) -> bool:
+        """End a row; returns whether what was announced still holds."""
+        holds = not self._is_spoiled
+        if self.has_announced and self._expected is not None and self._missing:
+            announced = {bucket for bucket, missing in enumerate(self._missing) if missing == 0}
+            for index, buckets in enumerate(self._buckets_of):
+                if announced.intersection(buckets):
+                    holds &= self._counts[index] == self._expected[index]
+                    holds &= self._versions.get(index, views[index]._version) == views[index]._version
+        if self._is_last:
+            self._expected = self._counts
+        self._is_open = False
+        return holds

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpidl.errors import LayoutError
-from mpidl.parameters.layout import FlatLayout, Piece
+from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.model import Group
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.runtime import World
@@ -25,26 +25,40 @@ from mpidl.runtime import World
 Float32Array = NDArray[np.float32]
 
 
-def gather_shards(world: World, own: Float32Array, shards: Sequence[Piece]) -> Float32Array:
-    """All shards one behind the other on rank 0, an empty array elsewhere. Collective."""
-    sizes = [stop - start for start, stop in shards]
-    whole = np.empty(sum(sizes) if world.rank == 0 else 0, np.float32)
+def gather_shards(world: World, own: Float32Array, shards: Shards) -> Float32Array:
+    """The whole vector on rank 0, an empty array elsewhere. Collective."""
+    sizes = [shards.size_of(rank) for rank in range(world.size)]
+    offsets = _offsets(sizes)
+    received = np.empty(sum(sizes) if world.rank == 0 else 0, np.float32)
     nothing = [0] * world.size
     to_root = [own.size, *nothing[1:]]
     receive = sizes if world.rank == 0 else nothing
-    world.alltoall_varying(own, to_root, nothing, whole, receive, [start for start, _ in shards])
+    world.alltoall_varying(own, to_root, nothing, received, receive, offsets)
+    whole = np.empty_like(received)
+    for rank in range(world.size if world.rank == 0 else 0):
+        place = offsets[rank]
+        for start, stop in shards.runs(rank):
+            whole[start:stop] = received[place : place + stop - start]
+            place += stop - start
     return whole
 
 
-def scatter_shards(world: World, whole: Float32Array, shards: Sequence[Piece]) -> Float32Array:
-    """Each rank's shard of rank 0's array. Collective."""
-    sizes = [stop - start for start, stop in shards]
+def scatter_shards(world: World, whole: Float32Array, shards: Shards) -> Float32Array:
+    """Each rank's shard of rank 0's vector. Collective."""
+    sizes = [shards.size_of(rank) for rank in range(world.size)]
     own = np.empty(sizes[world.rank], np.float32)
     nothing = [0] * world.size
-    send = sizes if world.rank == 0 else nothing
-    starts = [start for start, _ in shards]
-    world.alltoall_varying(whole, send, starts, own, [own.size, *nothing[1:]], nothing)
+    send, outgoing = nothing, np.empty(0, np.float32)
+    if world.rank == 0:
+        send = sizes
+        runs = [run for rank in range(world.size) for run in shards.runs(rank)]
+        outgoing = np.concatenate([outgoing, *(whole[start:stop] for start, stop in runs)])
+    world.alltoall_varying(outgoing, send, _offsets(sizes), own, [own.size, *nothing[1:]], nothing)
     return own
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:rank]) for rank in range(len(sizes))]
 
 
 def merge_scalars(per_rank: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -58,14 +72,15 @@ def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def full_state(
-    world: World, update: ShardOptimizer, groups: Sequence[Group], layout: FlatLayout, shards: Sequence[Piece]
+    world: World, update: ShardOptimizer, groups: Sequence[Group], layout: FlatLayout, shards: Shards
 ) -> dict[str, Any]:
     """The state dict that `optimizer` over the whole model would give, on rank 0; {} elsewhere. Collective."""
     scalars = merge_scalars(world.allgather_object(update.scalars()))
     arrays = update.arrays()
-    start, stop = update.shard
     keys = sorted({key for entry in scalars for key in entry.get("arrays", [])})
-    whole = {key: gather_shards(world, arrays.get(key, np.zeros(stop - start, np.float32)), shards) for key in keys}
+    whole = {
+        key: gather_shards(world, arrays.get(key, np.zeros(update.shard_size, np.float32)), shards) for key in keys
+    }
     if world.rank > 0:
         return {}
     slots = {slot.name: slot for slot in layout.slots}
@@ -92,7 +107,7 @@ def load_full_state(
     update: ShardOptimizer,
     groups: Sequence[Group],
     layout: FlatLayout,
-    shards: Sequence[Piece],
+    shards: Shards,
     state: Mapping[str, Any],
 ) -> None:
     """Take rank 0's state dict of an ordinary torch optimizer over the same model. Collective.

@@ -3,14 +3,14 @@
 One iteration, in phases (the same words stand in `Synchronizer.synchronize`):
 
 1. *compute*: each rank runs its partitions; autograd adds into the rank's rows (`rows.py`).
-2. *local sum*: after a node barrier every row of the node is complete; ranks merge the rows of their node.
-3. *reduce_scatter*: merged rows go to the shards' owners (`reduction.py`), with the partitions' counters.
-4. *update*: the owner divides the sum by the samples that ran and lets its optimizer update its shard, in place, in
-   the node's one copy of the weights. Nobody reads weights between the two barriers.
-5. *allgather*: shards go to the other nodes' copies; a node barrier ends the iteration.
+2. *collect*: the rows of all ranks are added up in the tree's order for the shards' owners, and with them come the
+   partitions' counters: on one node (`direct.py`) a barrier is all it takes, as the owner reads the rows where they are;
+   between nodes (`pipeline.py`) the exchange has been going on since the first bucket was complete.
+3. *update*: the owner divides the sum by the samples that ran and lets its optimizer update its shard, slice by slice,
+   in place, in the node's one copy of the weights. Nobody reads weights until:
+4. *publish*: shards go to the other nodes' copies. `wait` returns when the weights are complete.
 
-With one node phases 3 and 5 send nothing: two node barriers are all the synchronisation there is. A loss that is not
-finite is seen by every rank in phase 3, from the counters, before anything is updated: all raise.
+A loss that is not finite is seen by every rank in phase 2, from the counters, before anything is updated: all raise.
 
 If a rank stops, the others of its node wait in a barrier, those of other nodes in the exchange, until the launcher or
 the abort hook ends them.
@@ -25,17 +25,21 @@ from mpidl import kernels
 from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
-from mpidl.parameters.assignment import Assignment, RowPlan, row_plan
+from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.counters import Counters
-from mpidl.parameters.exchange import Exchange
-from mpidl.parameters.layout import FlatLayout, block_pieces
-from mpidl.parameters.reduction import Reduction, Rows
+from mpidl.parameters.direct import Direct, mean_of_node
+from mpidl.parameters.exchange import Bucket, Exchange
+from mpidl.parameters.layout import FlatLayout, Slice
+from mpidl.parameters.pipeline import Pipeline
+from mpidl.parameters.reduction import Job, Lanes, Reduction
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
+from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import World, on_all_ranks, share
 
-_INTO_THE_FIRST = np.array([[0, 1]], dtype=np.int64)
+SLICE_SIZE = 64 * kernels.BLOCK_SIZE
+"""Elements that are added up and updated at a time: their gradient stays in cache in between (1 MiB)."""
 
 
 class Synchronizer:
@@ -47,31 +51,41 @@ class Synchronizer:
         buffers: of the model.
         assignment: the largest one that `synchronize` will be called with.
         reduction: how rows reach the owners of shards.
+        wire: what travels between nodes.
 
     Raises:
         SharedMemoryError: on every rank: there is no room.
     """
 
     def __init__(
-        self, world: World, layout: FlatLayout, buffers: ModelBuffers, assignment: Assignment, reduction: Reduction
+        self,
+        world: World,
+        layout: FlatLayout,
+        buffers: ModelBuffers,
+        assignment: Assignment,
+        reduction: Reduction,
+        wire: Wire,
     ) -> None:
         self.world = world
         slots = assignment.num_slots(world.rank)
-        self.gradients = Exchange(world, layout.size, slots)
+        self.gradients = Exchange(world, layout.size, slots, num_cells=1 if world.num_nodes == 1 else None)
         """Rows of gradients in, weights out."""
         self.changes = Exchange(world, buffers.layout.size, slots)
         """Rows of weighted changes of buffers in, their mean out."""
         self.counters = Counters(world, assignment.num_partitions)
-        start, stop = self.gradients.shard
-        self.gradient = np.zeros(stop - start, np.float32)
-        """This rank's shard of the mean gradient, float32."""
-        self._square_pieces = block_pieces(self.gradients.shards, kernels.BLOCK_SIZE)
         num_blocks = -(-layout.size // kernels.BLOCK_SIZE)
         self.squares = share(world, 8 * num_blocks if world.local_rank == 0 else 0)[0].view(np.float64)
         """Sums of squares of the mean gradient, block by block, float64; the node's one copy."""
+        self.slices = self.gradients.shards.slices(world.rank, SLICE_SIZE)
+        """This rank's shard, in the pieces that are updated at a time."""
         self.times = PhaseTimes()
         self._buffers = buffers
         self._reduce = reduction
+        self.route: Direct | Pipeline = (
+            Direct(self.gradients, self.counters)
+            if world.num_nodes == 1
+            else Pipeline(self.gradients, self.counters, reduction, wire)
+        )
 
     def lay_out_changes(self) -> None:
         """Make the rows of buffers anew, after it has become known which travel. Collective."""
@@ -79,15 +93,20 @@ class Synchronizer:
         self.changes = Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots)
 
     def merge_own_rows(self, assignment: Assignment, partition: int, slot: int) -> None:
-        """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done."""
-        start, _ = assignment.range_of(self.world.rank)
+        """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done.
+
+        After the last partition nothing is: the exchange reads all rows at once.
+        """
+        start, stop = assignment.range_of(self.world.rank)
+        if partition == stop - 1:
+            return
         for merge in range(tree.merges(assignment.num_partitions, start, partition)):
-            own = tuple((self.world.local_rank, slot - merge - back) for back in (1, 0))
             for exchange in (self.gradients, self.changes):
-                kernels.add_rows(exchange.addresses(own, 0), _INTO_THE_FIRST, exchange.size)
+                into = exchange.rows[slot - merge - 1]
+                np.add(into, exchange.rows[slot - merge], out=into)
 
     def synchronize(self, assignment: Assignment, update: ShardOptimizer) -> NDArray[np.float64]:
-        """Phases 2 to 5 of an iteration. Collective.
+        """Phases 2 to 4 of an iteration, but for the end of 4, which is `wait`. Collective.
 
         Args:
             assignment: the same on all ranks; this rank has ended all of its partitions.
@@ -99,53 +118,117 @@ class Synchronizer:
         Raises:
             NonFiniteLossError, LayoutError: on every rank, before anything was updated.
         """
-        world, times = self.world, self.times
-        times.start()
-        world.node_barrier()
-        times.lap("wait")
-        self.counters.read_node(world, assignment)
-        plan = row_plan(assignment, world.node_of, world.rank)
-        rows = self._reduce(self.gradients, assignment, plan, self.counters)
-        times.lap("reduce_scatter", of_it_local_sum=rows.local_sum_s)
-        table = self.counters.table[: assignment.num_partitions].copy()
-        try:
-            _check_table(table)
-        except MpidlError:
-            self._buffers.reset()  # forward has written into them
-            world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
-            raise
+        self.times.start()
+        table = self._collect(assignment)
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
-            self._sum(rows, weight)
-            times.lap("local_sum")
-            update.step()
-            times.lap("update")
-            self.gradients.distribute(self.gradients.result, self.gradients.shards)
-            self.gradients.distribute(self.squares, self._square_pieces)
-            self._exchange_buffers(assignment, weight, plan)
-        world.node_barrier()
+            self._update(update, weight)
+            self._share_squares()
+            self._exchange_buffers(assignment, weight)
+        self.world.node_barrier()
         if not weight > 0:
             self._buffers.reset()
         elif self._buffers.advance(self.changes.result):
             self.lay_out_changes()
-        times.lap("allgather")
+        self.times.lap("allgather")
         return table
 
-    def _sum(self, rows: Rows, weight: float) -> None:
-        """The mean gradient over this rank's shard."""
-        first, last = self._square_pieces[self.world.rank]
-        kernels.sum_rows(rows.addresses, rows.additions, weight, self.gradient, self.squares[first:last])
+    def wait(self) -> None:
+        """Return when the weights are complete on this node. Collective."""
+        self.times.start()
+        self.route.wait()
+        self.times.lap("allgather")
 
-    def _exchange_buffers(self, assignment: Assignment, weight: float, plan: RowPlan) -> None:
-        """Phases 2 to 5 for the changes of buffers, whose mean is the result itself."""
-        changes = self.changes
+    def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
+        """Phase 2; returns the counters of all partitions."""
+        local_sum_s = self.route.collect(assignment)
+        table = self.counters.table[: assignment.num_partitions].copy()
+        if np.any(table[:, fields.FLAGS].astype(int) & fields.TOO_EARLY):
+            local_sum_s += self.route.collect(assignment)
+        self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
+        try:
+            _check_table(table)
+        except MpidlError:
+            self._buffers.reset()  # forward has written into them
+            self.world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
+            raise
+        return table
+
+    def _update(self, update: ShardOptimizer, weight: float) -> None:
+        """Phase 3, with publishing begun: bucket by bucket, and in each slice by slice."""
+        self.route.begin_publishing()
+        if update.goes_by_slices:
+            for bucket in reversed(self.route.order):
+                first, last = self._slices_in(bucket)
+                for index in range(first, last):
+                    self._mean(index, weight)
+                    update.step(index, index + 1)
+                self.route.publish(bucket)
+            self.times.lap("update")
+            return
+        for index in range(len(self.slices)):
+            self._mean(index, weight)
+        update.step(0, len(self.slices))
+        self.times.lap("update")
+        for bucket in reversed(self.route.order):
+            self.route.publish(bucket)
+
+    def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
+        inside = [i for i, each in enumerate(self.slices) if bucket.span[0] <= each.start < bucket.span[1]]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+    def _mean(self, index: int, weight: float) -> None:
+        each = self.slices[index]
+        self.times.lap("update")
+        self.route.mean(each, weight, self.squares[_blocks(each)])
+        self.times.lap("local_sum")
+
+    def _share_squares(self) -> None:
+        """Bring the squares of this rank's shard to the other nodes."""
+        world = self.world
+        if world.num_nodes == 1:
+            return
+        blocks = [[_blocks(each) for each in self.gradients.shards.slices(r, SLICE_SIZE)] for r in range(world.size)]
+        own = np.concatenate([np.empty(0), *(self.squares[each] for each in blocks[world.rank])])
+        counts = [sum(each.stop - each.start for each in of_rank) for of_rank in blocks]
+        gathered = world.allgather_varying(own, counts)
+        if world.local_rank == 0:
+            position = 0
+            for each in (each for of_rank in blocks for each in of_rank):
+                self.squares[each] = gathered[position : position + each.stop - each.start]
+                position += each.stop - each.start
+
+    def _exchange_buffers(self, assignment: Assignment, weight: float) -> None:
+        """Phases 2 to 4 for the changes of buffers, whose mean is the result itself."""
+        changes, world = self.changes, self.world
         if changes.size == 0:
             return
-        rows = self._reduce(changes, assignment, plan, None)
-        start, stop = changes.shard
-        squares = np.empty(-(-(stop - start) // kernels.BLOCK_SIZE))
-        kernels.sum_rows(rows.addresses, rows.additions, weight, changes.result[start:stop], squares)
-        changes.distribute(changes.result, changes.shards)
+        plan = row_plan(assignment, world.node_of, world.rank)
+        (bucket,) = changes.buckets(len(changes.shards.cells))
+        pieces = changes.pieces(bucket, world.rank)
+        squares = [np.empty(-(-each.size // kernels.BLOCK_SIZE)) for each in pieces]
+        if world.num_nodes == 1:
+            for each, unused in zip(pieces, squares, strict=True):
+                mean_of_node(changes, plan, each, weight, unused)
+        else:
+            for pending in self._reduce(
+                Job(changes, assignment, plan, WIRES["float32"], Lanes(world, world)), bucket, None
+            ):
+                pending.wait()
+            world.node_barrier()  # "mpi" may have had another rank of the node write this one's sum
+            for each, unused in zip(pieces, squares, strict=True):
+                kernels.divide(changes.sum[each.own], weight, unused)
+        for each in pieces:
+            changes.result[each.start : each.stop] = changes.sum[each.own]
+        changes.spread()
+
+    def close(self) -> None:
+        """End what goes on in the background. Collective."""
+        self.route.close()
+
+
+def _blocks(each: Slice) -> slice:
+    return slice(each.start // kernels.BLOCK_SIZE, -(-each.stop // kernels.BLOCK_SIZE))
 
 
 def _check_table(table: NDArray[np.float64]) -> None:
@@ -155,7 +238,7 @@ def _check_table(table: NDArray[np.float64]) -> None:
     odd = np.flatnonzero(~(np.isfinite(table[:, fields.WEIGHT]) & (table[:, fields.WEIGHT] >= 0)))
     if odd.size:
         raise on_all_ranks(NonFiniteLossError(f"the weight of partition {odd[0]} is {table[odd[0], fields.WEIGHT]}"))
-    flags = table[:, fields.FLAGS]
+    flags = table[:, fields.FLAGS].astype(int) & fields.EQUAL_WEIGHTS
     if flags.min() != flags.max():
         raise on_all_ranks(
             LayoutError(

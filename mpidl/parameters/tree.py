@@ -3,12 +3,13 @@
 The tree over partitions [0, P): a range longer than one splits at its start plus the largest power of two smaller
 than its length. A *range* here is a pair (start, stop) of partition numbers. A *row* is the sum over one node of the
 tree. Whoever holds a contiguous range of partitions holds the maximal nodes inside it, its `cover`; whoever receives
-rows adds them by `additions`. Because only nodes of one fixed tree are ever formed, the sum has the same bits however
+rows adds them by `sums`. Because only nodes of one fixed tree are ever formed, the sum has the same bits however
 the partitions were spread.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -51,23 +52,32 @@ def cover(num_partitions: int, start: int, stop: int) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def additions(num_partitions: int, rows: Sequence[Range]) -> tuple[list[tuple[int, int]], list[int]]:
-    """The (into, from) additions that merge rows as far as the tree allows.
+@dataclasses.dataclass(frozen=True)
+class RowSum:
+    """How the rows under one tree node are added up."""
+
+    rows: tuple[int, ...]
+    """Which rows, left to right."""
+    steps: tuple[tuple[int, ...], ...]
+    """(kind, into, operands...) as `mpidl.kernels.add_rows` takes them: operand i < len(rows) is rows[i]."""
+
+
+Expression = int | tuple["Expression", "Expression"]
+"""A row, or the sum of two expressions."""
+
+
+def sums(num_partitions: int, rows: Sequence[Range]) -> list[RowSum]:
+    """How to add rows up as far as the tree allows: one sum for each row that is left, left to right.
 
     Args:
         num_partitions: P of the tree.
-        rows: disjoint tree nodes in any order; the indices below point into this sequence.
-
-    Returns:
-        The additions in an order that respects the tree (children before parents), and the indices of the rows
-        that are left, left to right. When the rows cover [0, P), one is left and holds the sum.
+        rows: disjoint tree nodes in any order; `RowSum.rows` points into this sequence. When they cover [0, P), one
+            sum is left, that of all.
     """
     index = {row: i for i, row in enumerate(rows)}
-    ordered = sorted(rows)
-    pairs: list[tuple[int, int]] = []
-    left_over: list[int] = []
+    left_over: list[tuple[Range, Expression]] = []
 
-    def visit(low: int, high: int, inside: Sequence[Range]) -> int | None:
+    def visit(low: int, high: int, inside: Sequence[Range]) -> Expression | None:
         if (low, high) in index:
             return index[low, high]
         if not inside or high - low == 1:
@@ -76,16 +86,70 @@ def additions(num_partitions: int, rows: Sequence[Range]) -> tuple[list[tuple[in
         left = visit(low, split, [row for row in inside if row[1] <= split])
         right = visit(split, high, [row for row in inside if row[0] >= split])
         if left is not None and right is not None:
-            pairs.append((left, right))
-            return left
-        left_over.extend(i for i in (left, right) if i is not None)
+            return left, right
+        left_over.extend(
+            ((start, stop), part)
+            for start, stop, part in ((low, split, left), (split, high, right))
+            if part is not None
+        )
         return None
 
-    root = visit(0, num_partitions, ordered)
-    if root is not None:
-        left_over.append(root)
-    left_over.sort(key=lambda i: rows[i])
-    return pairs, left_over
+    whole = visit(0, num_partitions, rows)
+    if whole is not None:
+        left_over.append(((0, num_partitions), whole))
+    return [_compile(expression) for _, expression in sorted(left_over, key=lambda entry: entry[0])]
+
+
+def _rows_of(expression: Expression) -> tuple[int, ...]:
+    if isinstance(expression, int):
+        return (expression,)
+    return _rows_of(expression[0]) + _rows_of(expression[1])
+
+
+def _compile(expression: Expression) -> RowSum:
+    """Steps for an expression, each over as many operands as one of the kernel's loops takes."""
+    rows = _rows_of(expression)
+    operand = {row: i for i, row in enumerate(rows)}
+    steps: list[tuple[int, ...]] = []
+    free: list[int] = []
+    num_scratch = 0
+
+    def emit(part: Expression) -> int:
+        """Append the steps that compute a part; returns the operand that holds it."""
+        nonlocal num_scratch
+        if isinstance(part, int):
+            return operand[part]
+        kind, parts = _kind_of(part)
+        operands = [emit(each) for each in parts]
+        if not free:
+            free.append(len(rows) + num_scratch)
+            num_scratch += 1
+        into = free.pop()
+        # Only now: a step must not write what it reads.
+        free.extend(i for i in operands if i >= len(rows))
+        steps.append((kind, into, *operands))
+        return into
+
+    if isinstance(expression, int):
+        steps.append((1, len(rows), 0))
+    else:
+        emit(expression)
+    return RowSum(rows, tuple(steps))
+
+
+def _kind_of(part: tuple[Expression, Expression]) -> tuple[int, tuple[Expression, ...]]:
+    """The largest of the kernel's loops that fits the top of an expression, and its operands."""
+    left, right = part
+    if isinstance(left, int) and isinstance(right, int):
+        return 2, part
+    if isinstance(left, int):
+        return 5, (left, *right)  # type: ignore[misc]  # right is a pair
+    if isinstance(right, int):
+        return 3, (*left, right)
+    quarters = (*left, *right)
+    if all(isinstance(quarter, tuple) for quarter in quarters):
+        return 8, tuple(each for quarter in quarters for each in quarter)  # type: ignore[union-attr]
+    return 4, quarters
 
 
 def merges(num_partitions: int, start: int, partition: int) -> int:

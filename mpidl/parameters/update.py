@@ -7,7 +7,10 @@ where everyone reads. State (momentum, moments) exists on the owner only: 1/worl
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpidl.errors import LayoutError
-from mpidl.parameters.layout import FlatLayout, Piece, clip, merge_pieces
+from mpidl.parameters.layout import FlatLayout, Piece, Slice, clip, merge_pieces
 from mpidl.parameters.model import Group, padded_runs
 
 Float32Array = NDArray[np.float32]
@@ -29,13 +32,16 @@ ELEMENT_WISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "
 class ShardOptimizer:
     """An optimizer over one shard.
 
+    The shard is updated slice by slice, so that a slice's gradient is still in cache when it is used. Optimizers that
+    are not torch's own, and those with hooks, may count their calls: they get the whole shard at once.
+
     Args:
         factory: makes the optimizer of a list of param groups.
         groups: each param group's options and the names of its parameters.
         layout: of the whole vector.
         weights: float32, (layout.size,), the node's copy; the shard of it is updated in place.
         gradient: float32, (shard size,); the mean gradient over the shard, written before each `step`.
-        shard: [start, stop) of the vector.
+        slices: the shard; an empty list where this rank owns nothing.
 
     Raises:
         LayoutError: the factory does not give an element-wise torch optimizer, or refuses its arguments.
@@ -48,30 +54,48 @@ class ShardOptimizer:
         layout: FlatLayout,
         weights: Float32Array,
         gradient: Float32Array,
-        shard: Piece,
+        slices: Sequence[Slice],
     ) -> None:
-        self.shard = shard
-        self.pieces: list[list[Piece]] = []
+        self.shard_size = gradient.size
+        self.num_slices = len(slices)
+        self._parts: list[list[_Part]] = []
+        self._firsts: list[list[int]] = []
         param_groups = []
         for options, names in groups:
-            runs = padded_runs(layout, names)
-            pieces = merge_pieces(clip(run, shard) for run in runs) or [(shard[0], shard[0])]
-            tensors = []
-            for start, stop in pieces:
-                tensor = torch.nn.Parameter(torch.from_numpy(weights[start:stop]))
-                tensor.grad = torch.from_numpy(gradient[start - shard[0] : stop - shard[0]])
-                tensors.append(tensor)
-            self.pieces.append(pieces)
+            runs = merge_pieces(padded_runs(layout, names))
+            parts = [part for i, each in enumerate(slices) for part in _parts_of(i, each, runs, weights, gradient)]
+            self._parts.append(parts)
+            self._firsts.append(
+                [bisect.bisect_left(parts, i, key=lambda part: part.slice) for i in range(len(slices) + 1)]
+            )
+            # A group without elements here holds an empty tensor, as optimizers refuse groups without any.
+            tensors = [part.tensor for part in parts] or [torch.nn.Parameter(torch.empty(0))]
             param_groups.append({**options, "params": tensors})
-        self._gradients = [[tensor.grad for tensor in group["params"]] for group in param_groups]
         self.optimizer = _make(factory, param_groups)
+        self._goes_by_slices = type(self.optimizer).__module__.startswith("torch.optim.")
+        self._tensors = [list(group["params"]) for group in self.optimizer.param_groups]
 
-    def step(self) -> None:
-        """Update this rank's shard of the weights."""
-        for group, gradients in zip(self.optimizer.param_groups, self._gradients, strict=True):
-            for tensor, gradient in zip(group["params"], gradients, strict=True):
-                tensor.grad = gradient  # optimizer.zero_grad() takes it away
-        self.optimizer.step()
+    @property
+    def goes_by_slices(self) -> bool:
+        """Whether `step` may be called for some slices at a time."""
+        optimizer = self.optimizer
+        return self._goes_by_slices and not (
+            optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        )
+
+    def step(self, first: int, last: int) -> None:
+        """Update the slices [first, last) of this rank's weights."""
+        is_whole = (first, last) == (0, self.num_slices)
+        for index, group in enumerate(self.optimizer.param_groups):
+            chosen = self._parts[index][self._firsts[index][first] : self._firsts[index][last]]
+            for part in chosen:
+                part.tensor.grad = part.gradient  # optimizer.zero_grad() takes it away
+            group["params"] = self._tensors[index] if is_whole else [part.tensor for part in chosen]
+        try:
+            self.optimizer.step()
+        finally:
+            for group, tensors in zip(self.optimizer.param_groups, self._tensors, strict=True):
+                group["params"] = tensors
 
     def describe(self) -> str:
         """A hash over what must be the same on all ranks: the optimizer's class and options."""
@@ -82,22 +106,14 @@ class ShardOptimizer:
         ]
         return hashlib.sha256(repr((type(self.optimizer).__qualname__, groups)).encode()).hexdigest()
 
-    def _tensors(self) -> list[tuple[int, Piece, torch.Tensor]]:
-        """(group, piece, tensor) of every tensor of the optimizer."""
-        found = []
-        for index, (group, pieces) in enumerate(zip(self.optimizer.param_groups, self.pieces, strict=True)):
-            found += [(index, piece, tensor) for piece, tensor in zip(pieces, group["params"], strict=True)]
-        return found
-
     def arrays(self) -> dict[str, Float32Array]:
         """The element-wise state over the whole shard: name -> float32, (shard size,); zeros where there is none."""
-        start, stop = self.shard
         arrays: dict[str, Float32Array] = {}
-        for _, piece, tensor in self._tensors():
-            for key, value in self.optimizer.state.get(tensor, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() == 1 and piece[0] < piece[1]:
-                    whole = arrays.setdefault(key, np.zeros(stop - start, np.float32))
-                    whole[piece[0] - start : piece[1] - start] = value.detach().numpy()
+        for part in itertools.chain(*self._parts):
+            for key, value in self.optimizer.state.get(part.tensor, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() == 1:
+                    whole = arrays.setdefault(key, np.zeros(self.shard_size, np.float32))
+                    whole[part.own] = value.detach().numpy()
         return arrays
 
     def scalars(self) -> list[dict[str, Any]]:
@@ -105,37 +121,55 @@ class ShardOptimizer:
 
         A group without elements on this rank gives an empty entry; another rank has it.
         """
-        entries: list[dict[str, Any]] = [{} for _ in self.pieces]
-        for index, piece, tensor in self._tensors():
-            state = self.optimizer.state.get(tensor, {})
-            if not state or piece[0] == piece[1]:
-                continue
-            entry = entries[index]
-            entry["arrays"] = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 1)
-            entry["scalars"] = {
+        return [next((entry for part in parts if (entry := self._scalars_of(part))), {}) for parts in self._parts]
+
+    def _scalars_of(self, part: _Part) -> dict[str, Any]:
+        state = self.optimizer.state.get(part.tensor, {})
+        if not state:
+            return {}
+        return {
+            "arrays": sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 1),
+            "scalars": {
                 k: v.item() if isinstance(v, torch.Tensor) else v
                 for k, v in state.items()
                 if isinstance(v, int | float) or _is_scalar_tensor(v)
-            }
-            entry["tensor_scalars"] = sorted(k for k, v in state.items() if _is_scalar_tensor(v))
-        return entries
+            },
+            "tensor_scalars": sorted(k for k, v in state.items() if _is_scalar_tensor(v)),
+        }
 
     def load(self, arrays: Mapping[str, Float32Array], scalars: Sequence[Mapping[str, Any]]) -> None:
         """Take the state that `arrays` and `scalars` gave, cut to this shard."""
-        start = self.shard[0]
-        for index, piece, tensor in self._tensors():
-            entry = scalars[index]
-            if piece[0] == piece[1]:
-                continue
-            self.optimizer.state.pop(tensor, None)
-            if not entry:
-                continue
-            state: dict[str, Any] = {}
-            for key in entry["arrays"]:
-                state[key] = torch.from_numpy(arrays[key][piece[0] - start : piece[1] - start].copy())
-            for key, value in entry["scalars"].items():
-                state[key] = torch.tensor(value, dtype=torch.float32) if key in entry["tensor_scalars"] else value
-            self.optimizer.state[tensor] = state
+        for parts, entry in zip(self._parts, scalars, strict=True):
+            for part in parts:
+                self.optimizer.state.pop(part.tensor, None)
+                if not entry:
+                    continue
+                state: dict[str, Any] = {key: torch.from_numpy(arrays[key][part.own].copy()) for key in entry["arrays"]}
+                for key, value in entry["scalars"].items():
+                    state[key] = torch.tensor(value, dtype=torch.float32) if key in entry["tensor_scalars"] else value
+                self.optimizer.state[part.tensor] = state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """A tensor of the optimizer: what one slice and one param group have in common."""
+
+    slice: int
+    own: slice
+    """Where it is in the shard."""
+    tensor: torch.nn.Parameter
+    gradient: torch.Tensor
+
+
+def _parts_of(
+    index: int, each: Slice, runs: Sequence[Piece], weights: Float32Array, gradient: Float32Array
+) -> list[_Part]:
+    parts = []
+    for start, stop in merge_pieces(clip(run, (each.start, each.stop)) for run in runs):
+        own = slice(start - each.start + each.offset, stop - each.start + each.offset)
+        tensor = torch.nn.Parameter(torch.from_numpy(weights[start:stop]))
+        parts.append(_Part(index, own, tensor, torch.from_numpy(gradient[own])))
+    return parts
 
 
 def _is_scalar_tensor(value: Any) -> bool:

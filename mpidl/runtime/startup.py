@@ -53,7 +53,7 @@ def _start(threads_per_rank: int | None) -> World:
     cores = machine.allgather(threads.own_cores())
     own_threads = threads_per_rank or threads.default_threads(cores[machine.rank], cores)
     shares_cores = machine.size > len({core for other in cores for core in other})
-    facts = comm.allgather((own_threads, threads.instruction_set(), platform.node()))
+    facts = comm.allgather((own_threads, threads.instruction_set(), platform.node(), _takes_threads(MPI)))
     warning = threads.limit_instruction_set([fact[1] for fact in facts])
     world = World(
         comm=comm,
@@ -64,6 +64,7 @@ def _start(threads_per_rank: int | None) -> World:
         shares_cores=shares_cores,
         library=library,
         hostnames=tuple(fact[2] for fact in facts),
+        takes_threads=all(fact[3] for fact in facts),
     )
     all_leave = _leaving(MPI, comm)
     right = _right_to_print(machine, key=comm.bcast(os.urandom(8).hex(), root=0))
@@ -72,6 +73,10 @@ def _start(threads_per_rank: int | None) -> World:
         faults.warn(warning)
     machine.Free()
     return world
+
+
+def _takes_threads(MPI: Any) -> bool:
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 def _leaving(MPI: Any, comm: Any) -> Callable[[float], bool]:

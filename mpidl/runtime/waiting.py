@@ -40,6 +40,25 @@ def wait(request: Request, shares_cores: bool) -> None:
         time.sleep(SLEEP_S)
 
 
+class Patience:
+    """How somebody waits who looks again and again at several things: without a pause at first, then in short sleeps."""
+
+    def __init__(self) -> None:
+        self._rounds = 0
+
+    def reset(self) -> None:
+        """Something has moved."""
+        self._rounds = 0
+
+    def pause(self) -> None:
+        """Nothing has: give the core away."""
+        self._rounds += 1
+        if self._rounds < TESTS_BEFORE_SLEEP:
+            os.sched_yield()
+        else:
+            time.sleep(SLEEP_S)
+
+
 def completes_within(request: Request, limit_s: float) -> bool:
     """Wait at most so many seconds, without taking a core; returns whether the request is complete."""
     deadline = time.monotonic() + limit_s

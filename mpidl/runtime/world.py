@@ -34,6 +34,10 @@ class Pending:
         self._request = request
         self._shares_cores = shares_cores
 
+    def is_over(self) -> bool:
+        """Let MPI move what it can; returns whether the collective is complete on this rank."""
+        return bool(self._request.Test())
+
     def wait(self) -> None:
         """Return when the collective is complete on this rank."""
         wait(self._request, self._shares_cores)
@@ -58,6 +62,8 @@ class World:
     """What the MPI library calls itself, first line."""
     hostnames: tuple[str, ...]
     """Host of each rank."""
+    takes_threads: bool
+    """Whether several threads may call MPI at the same time (MPI_THREAD_MULTIPLE)."""
 
     @property
     def rank(self) -> int:
@@ -138,8 +144,8 @@ class World:
 
     def allgather_varying(self, array: AnyArray, counts: Sequence[int]) -> AnyArray:
         """Every rank's one-dimensional array of counts[rank] elements, one behind the other. Collective."""
-        result = np.empty(sum(counts), array.dtype)
-        wait(self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)]), self.shares_cores)
+        result, pending = self.start_allgather_varying(array, counts)
+        pending.wait()
         return result
 
     def gather(self, array: AnyArray) -> AnyArray | None:
@@ -162,6 +168,18 @@ class World:
 
         Counts and offsets are in elements, one per rank. What is sent and what is received must not overlap.
         """
+        self.start_alltoall_varying(send, send_counts, send_offsets, receive, receive_counts, receive_offsets).wait()
+
+    def start_alltoall_varying(
+        self,
+        send: AnyArray,
+        send_counts: Sequence[int],
+        send_offsets: Sequence[int],
+        receive: AnyArray,
+        receive_counts: Sequence[int],
+        receive_offsets: Sequence[int],
+    ) -> Pending:
+        """Begin `alltoall_varying`; both arrays belong to MPI until it is complete. Collective."""
         if send.ctypes.data == receive.ctypes.data:
             # Open MPI's non-blocking calls take equal addresses for MPI_IN_PLACE. Callers see to it that this happens
             # only where one side is empty: an empty slice keeps its array's address.
@@ -171,9 +189,15 @@ class World:
         request = self.comm.Ialltoallv(
             [send, (list(send_counts), list(send_offsets))], [receive, (list(receive_counts), list(receive_offsets))]
         )
-        wait(request, self.shares_cores)
+        return Pending(request, self.shares_cores)
 
-    def column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> None:
+    def start_allgather_varying(self, array: AnyArray, counts: Sequence[int]) -> tuple[AnyArray, Pending]:
+        """Begin `allgather_varying`; returns what it will have filled. Collective."""
+        result = np.empty(sum(counts), array.dtype)
+        request = self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)])
+        return result, Pending(request, self.shares_cores)
+
+    def start_column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> Pending:
         """Add `send` over the ranks of this column and keep this node's block (MPI_Ireduce_scatter).
 
         Collective over the column: the ranks of the same local rank on every node.
@@ -184,13 +208,23 @@ class World:
             counts: elements for each node.
         """
         assert self.column_comm is not None, "this rank is in no column"
-        wait(self.column_comm.Ireduce_scatter(send, receive, list(counts)), self.shares_cores)
+        return Pending(self.column_comm.Ireduce_scatter(send, receive, list(counts)), self.shares_cores)
+
+    def nothing(self) -> Pending:
+        """What is over at once. Not collective."""
+        from mpi4py import MPI
+
+        return Pending(MPI.REQUEST_NULL, self.shares_cores)
 
     # --- collectives over this node's ranks -----------------------------------------------------------------------
 
     def node_barrier(self) -> None:
         """Wait for the ranks of this node. Collective over the node."""
-        wait(self.node_comm.Ibarrier(), self.shares_cores)
+        self.start_node_barrier().wait()
+
+    def start_node_barrier(self) -> Pending:
+        """Begin `node_barrier`. Collective over the node."""
+        return Pending(self.node_comm.Ibarrier(), self.shares_cores)
 
     def node_allgather_object(self, value: Any) -> list[Any]:
         """Every local rank's object (pickled). Collective over the node."""
@@ -251,6 +285,16 @@ class World:
     def abort(self, code: int = 1) -> None:
         """End every rank of the job at once. Not collective, does not return."""
         self.comm.Abort(code)
+
+    def duplicate(self) -> World:
+        """The same ranks with communicators of their own: collectives there do not mix with those here. Collective."""
+        column = None if self.column_comm is None else self.column_comm.Dup()
+        return dataclasses.replace(self, comm=self.comm.Dup(), node_comm=self.node_comm.Dup(), column_comm=column)
+
+    def free(self) -> None:
+        """Let the communicators of a `duplicate` go. Collective."""
+        for comm in filter(None, (self.comm, self.node_comm, self.column_comm)):
+            comm.Free()
 
     def without_shared_memory(self) -> World:
         """The same ranks, each on a node of its own, so that nothing is shared. Collective."""

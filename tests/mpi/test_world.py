@@ -110,7 +110,7 @@ def test_ranks_without_shared_memory_are_nodes_of_their_own(world: World) -> Non
     assert alone.allgather_object(world.rank) == list(range(world.size))
     received = np.zeros(2)
     send = np.repeat(np.arange(world.size, dtype=float), 2) + world.rank
-    alone.column_reduce_scatter(send, received, [2] * world.size)
+    alone.start_column_reduce_scatter(send, received, [2] * world.size).wait()
     assert (received == world.size * world.rank + world.size * (world.size - 1) / 2).all()
 
 
@@ -220,7 +220,7 @@ def test_a_column_adds_over_the_nodes_and_each_keeps_its_block(world: World) -> 
             if in_column:
                 received = np.full(counts[other.node], np.nan, np.float32)
                 blocks = [np.full(count, 100 * node + other.node + 1) for node, count in enumerate(counts)]
-                other.column_reduce_scatter(np.concatenate(blocks).astype(np.float32), received, counts)
+                other.start_column_reduce_scatter(np.concatenate(blocks).astype(np.float32), received, counts).wait()
                 num_nodes = len(sizes)
                 assert (received == num_nodes * 100 * other.node + num_nodes * (num_nodes + 1) / 2).all()
             other.node_barrier()

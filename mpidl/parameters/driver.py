@@ -1,0 +1,141 @@
+"""Running several exchanges side by side, each written as a generator that yields what it waits for.
+
+With a thread, the exchanges go on while the main thread computes; without one (where MPI was not granted
+MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of its
+own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing has
+moved, and blocks on its queue when nothing is under way.
+
+A generator's exception ends the driver; it is raised by every later call of the main thread's.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator
+from typing import Protocol
+
+from mpidl.runtime import Patience
+
+
+class Awaited(Protocol):
+    """What a generator waits for."""
+
+    def is_over(self) -> bool:
+        """Whether it may go on; may be asked again and again."""
+        ...
+
+
+Course = Generator[Awaited, None, None]
+
+
+class Flag:
+    """Something that one thread says to another, once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.raise_flag = self._event.set
+        self.is_over = self._event.is_set
+        self.wait = self._event.wait
+
+
+class Driver:
+    """Advances courses in the thread that calls `poll` or `wait`."""
+
+    def __init__(self) -> None:
+        self._active: list[tuple[Course, Awaited]] = []
+
+    def add(self, *courses: Course) -> None:
+        """Begin courses; they are advanced in the order in which they were added."""
+        for course in courses:
+            self._advance(course)
+
+    def _advance(self, course: Course) -> None:
+        """Go on as far as it gets; keep the course if it waits."""
+        for awaited in course:
+            if not awaited.is_over():
+                self._active.append((course, awaited))
+                return
+
+    def poll(self) -> bool:
+        """Look at every course once; returns whether any moved."""
+        active, self._active = self._active, []
+        moved = False
+        for course, awaited in active:
+            if awaited.is_over():
+                moved = True
+                self._advance(course)
+            else:
+                self._active.append((course, awaited))
+        return moved
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all courses have ended."""
+        return not self._active
+
+    def wait(self, flag: Flag) -> None:
+        """Advance courses until the flag is raised."""
+        patience = Patience()
+        while not flag.is_over():
+            if self.poll():
+                patience.reset()
+            else:
+                patience.pause()
+
+    def close(self) -> None:
+        """Let nothing more be added. All courses have ended."""
+
+
+class ThreadDriver:
+    """Advances courses in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._added: queue.SimpleQueue[tuple[Course, ...] | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._waited_for: Flag | None = None
+        self._thread = threading.Thread(target=self._run, name="mpidl-exchange", daemon=True)
+        self._thread.start()
+
+    def add(self, *courses: Course) -> None:
+        """Begin courses; they are advanced in the order in which they were added."""
+        self._check()
+        self._added.put(courses)
+
+    def wait(self, flag: Flag) -> None:
+        """Sleep until the flag is raised."""
+        self._waited_for = flag
+        self._check()
+        flag.wait()
+        self._waited_for = None
+        self._check()
+
+    def close(self) -> None:
+        """End the thread, when all courses have ended."""
+        self._added.put(None)
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            self._drive()
+        except BaseException as error:
+            self._failure = error
+            if self._waited_for is not None:
+                self._waited_for.raise_flag()
+
+    def _drive(self) -> None:
+        driver, patience = Driver(), Patience()
+        while True:
+            while driver.is_idle or not self._added.empty():
+                courses = self._added.get()
+                if courses is None:
+                    return
+                driver.add(*courses)
+            if driver.poll():
+                patience.reset()
+            else:
+                patience.pause()
