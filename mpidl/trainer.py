@@ -34,7 +34,9 @@ class Trainer:
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
         group_size: iterations planned by one broadcast, or "auto".
-        schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration.
+        schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration; a
+            ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
+            `mpidl.scheduling.Plateau`).
         param_groups: as torch's.
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered" or "mpi".
