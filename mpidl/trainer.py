@@ -121,6 +121,7 @@ class Trainer:
         with self.world.agreed("reading the data"):
             train = as_source(train_set)
             validation = None if validation_set is None else as_source(validation_set)
+            self._settings.check_lockstep(self.world, len(train))
         lengths = (len(train), None if validation is None else len(validation))
         given = (self._settings.digest(), epochs, resume, *lengths)
         self.world.check_equal("the Trainer's settings or the size of the data", repr(given), ConfigError)

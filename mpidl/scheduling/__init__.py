@@ -7,7 +7,7 @@ from mpidl.scheduling.executor import REPORT_FIELDS, Executor
 from mpidl.scheduling.forward import LossFunction
 from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates, Plateau, ScheduleFactory, check_schedule
-from mpidl.scheduling.partitions import num_iterations
+from mpidl.scheduling.partitions import last_partitions, num_iterations
 from mpidl.scheduling.plan import Action, GroupPlan, capacity
 from mpidl.scheduling.schedules import Course, named_schedule
 from mpidl.scheduling.triggers import Triggers
@@ -30,6 +30,7 @@ __all__ = [
     "capacity",
     "check_schedule",
     "evaluate",
+    "last_partitions",
     "named_schedule",
     "num_iterations",
 ]

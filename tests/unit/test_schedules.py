@@ -260,11 +260,11 @@ def test_arguments_that_a_schedule_does_not_take_are_refused(
     ("validated", "message"),
     [
         ((), "this run has none; give validation data and a validate_every of at least 1"),
-        (("loss", "accuracy"), "metric 'acuracy' is not one of loss, accuracy; did you mean accuracy?"),
+        (("loss", "accuracy"), "metric 'accurac' is not one of loss, accuracy; did you mean accuracy?"),
     ],
 )
 def test_a_plateau_that_no_validation_can_serve_is_refused(validated: tuple[str, ...], message: str) -> None:
-    schedule = named_schedule("plateau", {"metric": "acuracy", "mode": "max"}, course())
+    schedule = named_schedule("plateau", {"metric": "accurac", "mode": "max"}, course())
     with pytest.raises(ConfigError) as raised:
         check_schedule(SGD, GROUPS, schedule, TOTAL, validated)
     assert message in str(raised.value)
@@ -272,7 +272,7 @@ def test_a_plateau_that_no_validation_can_serve_is_refused(validated: tuple[str,
 
 def test_a_plateau_that_fails_at_its_step_is_refused_before_the_first_iteration() -> None:
     class Broken(lr_scheduler.ReduceLROnPlateau):
-        def step(self, metrics: Any, epoch: int | None = None) -> None:
+        def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]  # as torch's own
             raise KeyError("nothing")
 
     with pytest.raises(ConfigError, match="KeyError: 'nothing'"):
