@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from mpidl.parameters import ParameterManager
     from mpidl.runtime import World, init
     from mpidl.runtime.launch import run
+    from mpidl.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
     from mpidl.trainer import Trainer
 
 _HOMES = {
     "ParameterManager": ("mpidl.parameters", "ParameterManager"),
     "RankBatchSampler": ("mpidl.data.sampler", "RankBatchSampler"),
+    "SyncBatchNorm": ("mpidl.sync_batchnorm", "SyncBatchNorm"),
     "Trainer": ("mpidl.trainer", "Trainer"),
     "World": ("mpidl.runtime", "World"),
     "allreduce": ("mpidl.api", "allreduce"),
     "barrier": ("mpidl.api", "barrier"),
     "broadcast_object": ("mpidl.api", "broadcast_object"),
+    "convert_sync_batchnorm": ("mpidl.sync_batchnorm", "convert_sync_batchnorm"),
     "init": ("mpidl.runtime", "init"),
     "load": ("mpidl.checkpoint", "load_weights"),
     "local_rank": ("mpidl.api", "local_rank"),
@@ -38,12 +41,14 @@ _HOMES = {
 __all__ = [
     "ParameterManager",
     "RankBatchSampler",
+    "SyncBatchNorm",
     "Trainer",
     "World",
     "__version__",
     "allreduce",
     "barrier",
     "broadcast_object",
+    "convert_sync_batchnorm",
     "init",
     "load",
     "local_rank",

@@ -81,8 +81,18 @@ class Config:
     optimizer_args: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=described("further optimizer arguments, such as {momentum = 0.9}")
     )
-    schedule: Literal["constant", "cosine"] = setting(
-        "constant", "learning rate after the warm-up: stays, or falls to zero along a half cosine"
+    schedule: Literal["constant", "step", "multistep", "poly", "exponential", "cosine", "plateau"] = setting(
+        "constant",
+        "learning rate after the warm-up: stays; falls after epochs; along a power, exponential or half cosine; or "
+        "where validations do not get better",
+    )
+    schedule_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata=described(
+            "the schedule's arguments, as torch's but in epochs: step {step_size, gamma}, multistep {milestones, "
+            "gamma}, poly {power}, exponential {gamma} per epoch, cosine {eta_min}, plateau {metric, mode, factor, "
+            "patience, threshold, threshold_mode, cooldown, min_lr, eps}"
+        ),
     )
     warmup_iterations: int = setting(0, "iterations in which the learning rate rises linearly to lr", minimum=0)
     epochs: int = setting(10, "passes over the training data", minimum=1)

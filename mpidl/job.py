@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from mpidl import data, metrics, models, runtime, scheduling
 from mpidl.config import CONFIG_FILE, Config, near, to_toml
@@ -43,7 +42,7 @@ class Parts:
     model: nn.Module
     loss: Callable[..., Any]
     optimizer: Callable[..., torch.optim.Optimizer]
-    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None
+    schedule: scheduling.ScheduleFactory | None
     metrics: dict[str, Callable[..., Any]]
     train_set: Any
     validation_set: Any
@@ -156,40 +155,28 @@ def find_optimizer(config: Config) -> Callable[..., torch.optim.Optimizer]:
     return made
 
 
-def find_schedule(config: Config, num_samples: int) -> Callable[[torch.optim.Optimizer], LRScheduler] | None:
-    """A callable from the optimizer to the scheduler, which is advanced every iteration.
+def find_schedule(config: Config, num_samples: int) -> scheduling.ScheduleFactory | None:
+    """A callable from the optimizer to the scheduler that the configuration names.
 
     Args:
-        config: its `schedule`, `warmup_iterations`, `epochs` and `batch_size` count.
+        config: its `schedule`, `schedule_args`, `warmup_iterations`, `epochs` and `batch_size` count.
         num_samples: samples of the training set.
 
     Returns:
         None where the learning rate never changes.
 
     Raises:
-        ConfigError: the warm-up is as long as the run.
+        ConfigError: the warm-up is as long as the run, or the schedule does not take its arguments.
     """
-    total = config.epochs * scheduling.num_iterations(num_samples, config.batch_size)
-    warmup = config.warmup_iterations
+    per_epoch = scheduling.num_iterations(num_samples, config.batch_size)
+    total, warmup = config.epochs * per_epoch, config.warmup_iterations
     if warmup and warmup >= total:
         raise ConfigError(
             f"warmup_iterations {warmup} is not less than the {total} iterations of the run ({config.epochs} epochs "
             f"of {num_samples} samples in batches of {config.batch_size}); lower it or raise epochs"
         )
-    if config.schedule == "constant" and not warmup:
-        return None
-    return functools.partial(_schedule, is_cosine=config.schedule == "cosine", warmup=warmup, total=total)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, *, is_cosine: bool, warmup: int, total: int) -> LRScheduler:
-    """Rise from lr / (warmup + 1) to lr, which iteration number `warmup` has first, then stay or fall."""
-    rise = functools.partial(LinearLR, optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    if not is_cosine:
-        return rise()
-    if not warmup:
-        return CosineAnnealingLR(optimizer, T_max=total)
-    parts = [rise(), CosineAnnealingLR(optimizer, T_max=total - warmup)]
-    return SequentialLR(optimizer, parts, milestones=[warmup])
+    course = scheduling.Course(epochs=config.epochs, iterations_per_epoch=per_epoch, warmup_iterations=warmup)
+    return scheduling.named_schedule(config.schedule, config.schedule_args, course)
 
 
 def claim_run_dir(config: Config, name: str) -> Path:

@@ -14,7 +14,8 @@ from mpidl.data import Loader, Source
 from mpidl.errors import ConfigError
 from mpidl.parameters import OptimizerFactory
 from mpidl.runtime import World
-from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, evaluate
+from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, evaluate, last_partitions
+from mpidl.sync_batchnorm import needs_lockstep
 from mpidl.telemetry import Telemetry
 
 
@@ -76,6 +77,25 @@ class Settings:
                 )
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+
+    def check_lockstep(self, world: World, num_samples: int) -> None:
+        """Raise ConfigError where a model whose forward is a collective would not run once on every rank."""
+        if not needs_lockstep(self.model):
+            return
+        size, parts = self.batch_size, self.partitions
+        if parts != world.size:
+            raise ConfigError(
+                f"the model has SyncBatchNorm, whose forward all ranks have to run together: partitions is {parts} on "
+                f"{world.size} ranks; give partitions {world.size}, or keep torch's BatchNorm"
+            )
+        last = last_partitions(num_samples, size, parts)
+        if last < parts:
+            fitting = [s for s in range(size - 1, parts - 1, -1) if last_partitions(num_samples, s, parts) == parts]
+            advice = f"batch_size {fitting[0]} would do" if fitting else "use fewer ranks and partitions"
+            raise ConfigError(
+                f"the model has SyncBatchNorm, whose forward all ranks have to run together: the last of {num_samples} "
+                f"samples in batches of {size} make {last} partitions only, of {parts}; {advice}"
+            )
 
     def open_validation_loader(self, source: Source) -> Loader:
         """A loader for `evaluate`; the caller closes it."""

@@ -1,8 +1,9 @@
-"""What a run derived from its settings and its machine, for the first screen and the first line of the metrics."""
+"""What a run derived from its settings and its machine, and what it came to: the first and last line of the metrics."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,4 +52,25 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
+    }
+
+
+def describe_end(history: Sequence[dict[str, Any]], triggers: Triggers, seconds: float) -> dict[str, Any]:
+    """The fields of the "end" event of a training that was finished.
+
+    Args:
+        history: the events of epochs and validations of this run.
+        triggers: of the training.
+        seconds: of this run.
+    """
+    ended = [event for event in history if event["event"] == "epoch"]
+    validations = [event for event in history if event["event"] == "validation"]
+    return {
+        "status": "finished",
+        "iterations": triggers.total_iterations,
+        "epochs": triggers.epochs,
+        "seconds": seconds,
+        "samples_per_s": sum(event["samples"] for event in ended) / seconds,
+        "loss": ended[-1]["loss"] if ended else None,
+        "validation": {k: v for k, v in validations[-1].items() if k != "event"} if validations else {},
     }

@@ -34,7 +34,9 @@ class Trainer:
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
         group_size: iterations planned by one broadcast, or "auto".
-        schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration.
+        schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration; a
+            ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
+            `mpidl.scheduling.Plateau`).
         param_groups: as torch's.
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered" or "mpi".
@@ -119,6 +121,7 @@ class Trainer:
         with self.world.agreed("reading the data"):
             train = as_source(train_set)
             validation = None if validation_set is None else as_source(validation_set)
+            self._settings.check_lockstep(self.world, len(train))
         lengths = (len(train), None if validation is None else len(validation))
         given = (self._settings.digest(), epochs, resume, *lengths)
         self.world.check_equal("the Trainer's settings or the size of the data", repr(given), ConfigError)

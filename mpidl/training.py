@@ -4,6 +4,9 @@ For each group: every rank has its plan; the broadcast of the next one is starte
 any other message; a gather brings the ranks' times to the coordinator; what is due (validation, checkpoint, the end) is
 done by all ranks together. The next plan is received after the group's first iteration, so that the loader reads ahead
 over the group's edge.
+
+Where the next plan depends on a validation (the plan has the action WAIT, in a training with a plateau schedule only),
+it is built, broadcast and received after the group and all that is due at its end, and nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from mpidl.scheduling import (
     num_iterations,
 )
 from mpidl.settings import Settings
-from mpidl.summary import describe_start
+from mpidl.summary import describe_end, describe_start
 from mpidl.telemetry import Telemetry
 
 
@@ -69,6 +72,8 @@ class Training:
             checkpoint_every=settings.checkpoint_every if settings.run_dir is not None else 0,
         )
         self._num_samples = len(train)
+        # All results, also those before a resumed checkpoint: learning rates may depend on them.
+        self._validations: list[dict[str, Any]] = []
         self._last_checkpoint: pathlib.Path | None = None
         self._first_iteration = self._resume() if resume else 0
         self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
@@ -94,8 +99,9 @@ class Training:
     def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
         settings = self._settings
         groups = [{k: v for k, v in g.items() if k != "params"} for g in settings.param_groups or [{}]]
-        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations)
-        return Coordinator(
+        validated = ("loss", *settings.metrics) if self._triggers.validate_every else ()
+        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations, validated)
+        coordinator = Coordinator(
             num_samples=self._num_samples,
             batch_size=settings.batch_size,
             assignment=self._manager.assignment,
@@ -104,6 +110,11 @@ class Training:
             learning_rates=LearningRates(settings.optimizer, groups, settings.schedule),
             first_iteration=self._first_iteration,
         )
+        for result in self._validations:
+            # The last epoch's validation is due nowhere else: a longer, undisturbed training has none there.
+            if Action.VALIDATE in self._triggers.actions_after(result["iteration"]):
+                coordinator.validated(result["iteration"], result)
+        return coordinator
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
@@ -122,9 +133,7 @@ class Training:
             self._settings.model.train()
         if self._first_iteration < self._triggers.total_iterations:
             self._channel.start()
-            first = self._channel.receive()
-            self._executor.request(first)
-            following = self._run_group(first)
+            following = self._run_group(self._receive())
             while following is not None:
                 following = self._run_group(following)
         self._finish(time.perf_counter() - self._began)
@@ -133,8 +142,8 @@ class Training:
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due at its end; returns the next plan, None after the last."""
         following = None
-        is_last = bool(plan.actions & Action.END)
-        if not is_last:
+        is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
+        if is_sent_ahead:
             self._channel.start()
         began = time.perf_counter()
         sums = np.zeros(3)
@@ -146,12 +155,20 @@ class Training:
                 self._fail(error, done=plan.first_iteration + index)
                 raise
             sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
-            if index == 0 and not is_last:
-                following = self._channel.receive()
-                self._executor.request(following)
+            if index == 0 and is_sent_ahead:
+                following = self._receive()
         self._report(plan, sums, time.perf_counter() - began)
         self._act(plan)
+        if plan.actions & Action.WAIT:
+            self._channel.start()
+            following = self._receive()
         return following
+
+    def _receive(self) -> GroupPlan:
+        """Complete the broadcast of a plan, and let the loader read what it needs."""
+        plan = self._channel.receive()
+        self._executor.request(plan)
+        return plan
 
     def _report(self, plan: GroupPlan, sums: NDArray[np.float64], seconds: float) -> None:
         """The group's one gather: times of all ranks to the coordinator."""
@@ -192,6 +209,9 @@ class Training:
                 self._validation_loader = self._settings.open_validation_loader(self._validation)
             result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
             self._event("validation", epoch=epoch, iteration=done, **result, seconds=time.perf_counter() - began)
+            self._validations.append({"iteration": done, **result})
+            if self._coordinator is not None:
+                self._coordinator.validated(done, result)
         if plan.actions & Action.CHECKPOINT:
             self._save(epoch, done)
         if plan.actions & Action.END_EPOCH:
@@ -214,7 +234,7 @@ class Training:
         assert run_dir is not None, "checkpoints are due only where there is a run directory"
         began = time.perf_counter()
         path = checkpoint.checkpoint_path(run_dir, epoch)
-        progress = {"epoch": epoch, "iteration": iteration, **self._identity()}
+        progress = {"epoch": epoch, "iteration": iteration, "validations": self._validations, **self._identity()}
         size = checkpoint.save(self._manager, path, progress)
         self._last_checkpoint = path
         seconds = time.perf_counter() - began
@@ -252,6 +272,7 @@ class Training:
                     )
                 )
         self._last_checkpoint = path
+        self._validations = progress.get("validations", [])
         return int(progress["iteration"])
 
     def _fail(self, error: NonFiniteLossError, done: int) -> None:
@@ -277,18 +298,9 @@ class Training:
             if run_dir is not None and self._world.rank == 0:
                 weights = run_dir / checkpoint.WEIGHTS
                 checkpoint.save_weights(self._settings.model.state_dict(), weights)
-        ended = [event for event in self._history if event["event"] == "epoch"]
-        validations = [event for event in self._history if event["event"] == "validation"]
-        samples = sum(event["samples"] for event in ended)
         self._record(
             "end",
-            status="finished",
-            iterations=self._triggers.total_iterations,
-            epochs=self._triggers.epochs,
-            seconds=seconds,
-            samples_per_s=samples / seconds,
-            loss=ended[-1]["loss"] if ended else None,
-            validation={k: v for k, v in validations[-1].items() if k != "event"} if validations else {},
+            **describe_end(self._history, self._triggers, seconds),
             weights=_text(weights),
             run_dir=_text(run_dir),
         )

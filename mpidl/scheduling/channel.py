@@ -3,6 +3,9 @@
 A plan that was received is a value of its own, so one buffer of fixed size serves: while group k runs, rank 0 has built
 plan k + 1 into it and every rank has started the same broadcast; the buffer belongs to MPI until `receive`. A broadcast
 that was started is completed on every rank, even when the run ends early and its content is dropped.
+
+Where plan k has the action WAIT, plan k + 1 depends on the validation at the end of group k. Every rank knows this from
+plan k alone: none starts the broadcast while the group runs, all start and complete it after the validation.
 """
 
 from __future__ import annotations

@@ -1,108 +1,20 @@
 """The coordinator: rank 0's second role. It makes the plans and learns from the reports.
 
-The report of group k shapes plan k + 2, because plan k + 1 is already under way when group k ends.
+The report of group k shapes plan k + 2, because plan k + 1 is already under way when group k ends. Where learning rates
+depend on validations, the plan of a group that ends with one has the action WAIT: the next plan is made only after
+`validated` has told its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-
-from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment
 from mpidl.scheduling.group_size import GroupSize
+from mpidl.scheduling.learning_rates import LearningRates
 from mpidl.scheduling.partitions import batch_span
-from mpidl.scheduling.plan import GroupPlan
+from mpidl.scheduling.plan import Action, GroupPlan
 from mpidl.scheduling.triggers import Triggers
-
-ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
-class LearningRates:
-    """The learning rate of every iteration, by torch's own schedulers, one step an iteration.
-
-    The scheduler works on an optimizer of the run's own kind over one empty tensor per param group.
-
-    Args:
-        factory: the run's optimizer factory.
-        groups: each param group's options.
-        schedule: from an optimizer to a torch scheduler; None: constant.
-
-    Raises:
-        ConfigError: the schedule changes more than learning rates, which is all that a plan carries.
-    """
-
-    def __init__(
-        self,
-        factory: Callable[[Any], torch.optim.Optimizer],
-        groups: Sequence[Mapping[str, Any]],
-        schedule: ScheduleFactory | None,
-    ) -> None:
-        empty = [{**options, "params": [torch.nn.Parameter(torch.empty(0))]} for options in groups]
-        self._optimizer = factory(empty)
-        self._options = [dict(group) for group in self._optimizer.param_groups]
-        self._scheduler = schedule(self._optimizer) if schedule else None
-        self._next = 0
-        self._check()
-
-    @property
-    def num_groups(self) -> int:
-        """The number of param groups."""
-        return len(self._optimizer.param_groups)
-
-    def at(self, iteration: int) -> tuple[float, ...]:
-        """The rates of an iteration; iterations are asked for in ascending order."""
-        while self._next < iteration:
-            self._advance()
-        return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
-
-    def _advance(self) -> None:
-        self._next += 1
-        if self._scheduler is not None:
-            self._optimizer.step()  # torch warns about schedulers that move before their optimizer
-            self._scheduler.step()
-            self._check()
-
-    def _check(self) -> None:
-        for group, before in zip(self._optimizer.param_groups, self._options, strict=True):
-            changed = {key for key, value in before.items() if key not in ("lr", "params") and group[key] != value}
-            # Torch's cycles announce themselves by this key, even while the momentum still is what it was.
-            changed |= {"momentum"} & {key.removeprefix("max_") for key in group.keys() - before.keys()}
-            if changed:
-                raise ConfigError(
-                    f"the schedule changes {', '.join(sorted(changed))}; it may change the learning rate only; pass "
-                    "cycle_momentum=False to torch's OneCycleLR and CyclicLR"
-                )
-
-
-LONGEST_TRIAL = 100_000
-"""Iterations for which a schedule is tried before the training begins: about a second."""
-
-
-def check_schedule(
-    factory: Callable[[Any], torch.optim.Optimizer],
-    groups: Sequence[Mapping[str, Any]],
-    schedule: ScheduleFactory | None,
-    total_iterations: int,
-) -> None:
-    """Walk a schedule through the training, so that one that fails does so before the first iteration.
-
-    Raises:
-        ConfigError: it cannot be made, or be stepped once an iteration.
-    """
-    if schedule is None:
-        return
-    last = max(0, min(total_iterations, LONGEST_TRIAL) - 1)
-    try:
-        LearningRates(factory, groups, schedule).at(last)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"the schedule does not serve {total_iterations} iterations, one step each: {type(error).__name__}: {error}"
-        ) from error
 
 
 class Coordinator:
@@ -151,10 +63,24 @@ class Coordinator:
             assignment=self._assignment,
             spans=tuple(spans),
             learning_rates=tuple(self._learning_rates.at(i) for i in range(first, stop)),
-            actions=self._triggers.actions_after(stop),
+            actions=self._actions_after(stop),
         )
         self._next_iteration, self._next_index = stop, self._next_index + 1
         return plan
+
+    def _actions_after(self, completed: int) -> Action:
+        actions = self._triggers.actions_after(completed)
+        is_awaited = Action.VALIDATE in actions and Action.END not in actions
+        return actions | Action.WAIT if is_awaited and self._learning_rates.metric is not None else actions
+
+    def validated(self, completed: int, result: Mapping[str, float]) -> None:
+        """Learn from the validation after `completed` iterations, before the plan behind it is made.
+
+        A resumed training tells the results of earlier validations again, in their order: the learning rates are a
+        function of them.
+        """
+        if self._learning_rates.metric is not None:
+            self._learning_rates.observe(completed, result)
 
     def observe(self, plan: GroupPlan, seconds: float) -> None:
         """Learn from the report of a group."""

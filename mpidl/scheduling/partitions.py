@@ -41,6 +41,12 @@ def num_partitions(batch: int, batch_size: int, partitions: int) -> int:
     return min(partitions, max(1, batch // fewest))
 
 
+def last_partitions(num_samples: int, batch_size: int, partitions: int) -> int:
+    """Into how many partitions an epoch's last batch is cut."""
+    start, stop = batch_span(num_samples, batch_size, num_iterations(num_samples, batch_size) - 1)
+    return num_partitions(stop - start, batch_size, partitions)
+
+
 def partition_span(span: Span, partitions: int, partition: int) -> Span:
     """The positions of one partition of a batch; sizes differ by at most one sample."""
     start, stop = span

@@ -38,6 +38,8 @@ class Action(enum.IntFlag):
     VALIDATE = 2
     CHECKPOINT = 4
     END = 8
+    WAIT = 16
+    """The next plan depends on the validation: it is made and sent after it, not while the group runs."""
 
 
 @dataclasses.dataclass(frozen=True)

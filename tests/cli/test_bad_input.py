@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "an unknown flag": (lambda f: [JOB, "--epoch", "3"], ["--epoch", "did you mean", "--epochs"]),
     "a wrong type in the file": (lambda f: toml(f, 'epochs = "3"'), ["epochs is '3' (str), must be an integer"]),
     "a wrong type in a flag": (lambda f: [JOB, "--batch-size", "many"], ["--batch-size is 'many'", "an integer"]),
-    "an unknown word": (lambda f: [JOB, "--schedule", "cosin"], ["'constant' or 'cosine'", "did you mean cosine?"]),
+    "an unknown word": (lambda f: [JOB, "--schedule", "cosin"], ["'constant' or 'step' or", "did you mean cosine?"]),
     "out of range": (lambda f: toml(f, "lr = -0.5"), ["lr is -0.5, must be at least 0"]),
     "no such job file": (lambda f: [str(f / "no.toml")], ["no.toml", "No such file"]),
     "not TOML": (lambda f: toml(f, "epochs = = 3"), ["own.toml is not valid TOML", "line 1"]),
@@ -110,6 +110,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "no such data": (lambda f: [JOB, "--data", "digit"], ["unknown data 'digit'", "did you mean 'digits'?"]),
     "no such model": (lambda f: [JOB, "--model", "digit_cnn"], ["'digit_cnn'", "did you mean 'digits_cnn'"]),
     "nothing to train": (lambda f: [JOB, "--model", f"{PARTS}:frozen_net"], ["no", "parameter", "requires_grad"]),
+    "an argument that the schedule does not take": (
+        lambda f: [JOB, "--schedule", "step", "--schedule-args", "{stepsize = 3}"],
+        ["'stepsize', which step does not take", "it takes step_size, gamma", "did you mean step_size?"],
+    ),
     "a module that is not there": (
         lambda f: [JOB, "--model", "nowhere.at_all:net"], ["cannot import 'nowhere.at_all'", "looked in"],
     ),
@@ -134,6 +138,7 @@ TOGETHER = [
     "a wrong magic number", "a file in the run directory's way",
     "labels out of range in a file", "labels out of range for the model", "images and labels of different numbers",
     "x and y of different sizes", "no such data", "no such model", "a module that is not there",
+    "an argument that the schedule does not take",
     "a callable that is not there", "a run directory that cannot be made",
 ]  # fmt: skip
 

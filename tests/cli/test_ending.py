@@ -61,6 +61,27 @@ def test_an_exception_ends_the_job_and_is_printed_once(fate: str, is_own: bool, 
     assert "have ended" not in ended.stdout
 
 
+def test_an_exception_between_two_exchanges_of_sync_batchnorm_ends_the_job(tmp_path: Path) -> None:
+    code = """
+import mpidl, torch
+
+class Failing(torch.nn.Module):
+    def forward(self, inputs):
+        if mpidl.rank() == 1:
+            raise RuntimeError("this rank" + " has failed")
+        return inputs
+
+torch.nn.Sequential(mpidl.SyncBatchNorm(3), Failing(), mpidl.SyncBatchNorm(3))(torch.randn(4, 3))
+print("have ended")
+"""
+    watched = Watched(tmp_path)
+    ended = launch(2, [sys.executable, "-c", code], env=watched.env)
+    assert ended.returncode != 0, ended.output
+    assert ended.stderr.count("RuntimeError: this rank has failed") == 1, ended.output
+    assert "have ended" not in ended.stdout
+    watched.check_nothing_is_left(ended)
+
+
 def test_sys_exit_on_one_rank_of_an_own_loop_ends_the_job_and_is_told(meet: Fate) -> None:
     ended = meet(OWN_LOOP, "exit:1:3")
     assert ended.returncode != 0, ended.output

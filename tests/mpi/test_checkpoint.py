@@ -21,6 +21,7 @@ from mpidl.checkpoint import sharded
 from mpidl.errors import CheckpointError, ConfigError, NonFiniteLossError
 from mpidl.metrics import accuracy
 from mpidl.runtime import World
+from mpidl.scheduling import Plateau
 from mpidl.telemetry import Telemetry
 from tests.mpi import reference
 from tests.mpi.cases import (
@@ -121,6 +122,39 @@ def test_resuming_after_any_epoch_gives_the_bits_of_the_undisturbed_run(
         assert differing(model.state_dict(), undisturbed.state_dict()) == []
         assert numbers(resumed) == numbers(history)[-len(resumed) :]
         assert {event["epoch"] for event in resumed} == set(range(epoch + 1, EPOCHS + 1))
+
+
+def by_accuracy(optimizer: torch.optim.Optimizer) -> Plateau:
+    """Halves the rates at every validation but the first, after a warm-up that ends in the second epoch."""
+    arguments = {"mode": "max", "patience": 0, "factor": 0.5, "threshold": 9.0}
+    return Plateau(optimizer, metric="accuracy", warmup_iterations=4, **arguments)
+
+
+def test_a_resumed_run_has_the_plateau_rates_of_the_undisturbed_one(world: World, shared_tmp_path: Path) -> None:
+    data, held_out = classes(80), classes(30, seed=9)
+    whole = shared_tmp_path / "whole"
+
+    def train(run_dir: Path, epochs: int, *, resume: bool = False, keep: bool = False) -> dict[str, torch.Tensor]:
+        model = made(normalised)
+        options = {"run_dir": run_dir, "metrics": {"accuracy": accuracy}, "validate_every": 2, "group_size": 2}
+        telemetry = Telemetry(run_dir if keep and world.rank == 0 else None, quiet=True)
+        trainer = trainer_of(model, job_of(*data, schedule=by_accuracy), telemetry=telemetry, **options)
+        trainer.fit(data, held_out, epochs=epochs, resume=resume)
+        trainer.close()
+        return model.state_dict()
+
+    undisturbed = train(whole, 6, keep=True)
+    world.barrier()
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if line["event"] == "group"]
+    assert rates[0] < max(rates) > rates[-1], "it has to rise and to fall"
+    for epoch in range(1, 6):
+        run_dir, name = shared_tmp_path / f"after-{epoch}", f"checkpoints/epoch-{epoch:06d}"
+        on_rank_0(world, functools.partial(shutil.copytree, whole / name, run_dir / name))
+        assert differing(train(run_dir, 6, resume=True), undisturbed) == []
+    # Planned for three epochs, it validates after the third as well, which the longer one does not.
+    train(shared_tmp_path / "longer", 3)
+    assert differing(train(shared_tmp_path / "longer", 6, resume=True), undisturbed) == []
 
 
 def test_a_resumed_run_can_be_longer_than_was_planned(world: World, shared_tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import mpidl
 from mpidl.errors import ConfigError, NonFiniteLossError, UserError
 from mpidl.metrics import accuracy
 from mpidl.runtime import World
+from mpidl.scheduling import Plateau
 from tests.mpi import reference
 from tests.mpi.cases import (
     ADAM,
@@ -186,6 +187,48 @@ def test_a_schedule_of_more_than_the_learning_rate_is_refused_before_the_first_i
     trainer = trainer_of(made(dense), job_of(*data, schedule=cycle))
     with pytest.raises(ConfigError, match="momentum"):
         trainer.fit(data, epochs=1)
+    trainer.close()
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Acts often: losses would have to halve."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=0.5)
+
+
+@pytest.mark.parametrize(("group_size", "validate_every"), [(1, 1), (2, 2), ("auto", 1)])
+def test_a_plateau_schedule_acts_on_every_validation_before_the_next_iteration(
+    world: World, group_size: int | str, validate_every: int
+) -> None:
+    data, held_out = classes(90), classes(40, seed=4)
+    job = job_of(*data, epochs=5)
+    expected, model = made(normalised), made(normalised)
+    scheduler, rates = None, []
+    for epoch, (_, optimizer) in enumerate(reference.epochs(expected, job), 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler = scheduler or plateau(optimizer)
+        if epoch % validate_every == 0:
+            scheduler.step(reference.evaluate(expected, job_of(*held_out), 10)["loss"])
+    assert len(set(rates)) > 1
+    options = {"group_size": group_size, "validate_every": validate_every, "eval_batch_size": 10}
+    fit(model, dataclasses.replace(job, schedule=plateau), data, held_out, **options)
+    assert differing(model.state_dict(), expected.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "has_validation", "message"),
+    [
+        (plateau, {}, False, "this run has none; give validation data"),
+        (plateau, {"validate_every": 0}, True, "this run has none; give validation data"),
+        (functools.partial(Plateau, metric="accurac"), {}, True, "is not one of loss, accuracy; did you mean accuracy"),
+    ],
+)
+def test_a_plateau_schedule_that_no_validation_serves_is_refused_on_all_ranks(
+    world: World, schedule: Any, options: dict[str, Any], has_validation: bool, message: str
+) -> None:
+    data = classes(64)
+    trainer = trainer_of(made(dense), job_of(*data, schedule=schedule), metrics={"accuracy": accuracy}, **options)
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit(data, data if has_validation else None, epochs=2)
     trainer.close()
 
 

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidl.parameters import Assignment
-from mpidl.scheduling.partitions import assignment_for, batch_span, num_iterations, num_partitions, partition_span
+from mpidl.scheduling.partitions import (
+    assignment_for,
+    batch_span,
+    last_partitions,
+    num_iterations,
+    num_partitions,
+    partition_span,
+)
 from tests.reference import cuts_of
 
 
@@ -26,6 +33,13 @@ def test_an_epochs_batches_hold_every_sample_once(num_samples: int, batch_size: 
     sizes = [stop - start for start, stop in spans]
     assert set(sizes[:-1]) <= {batch_size}
     assert 1 <= sizes[-1] <= batch_size + 1
+
+
+@given(num_samples=st.integers(1, 3000), batch_size=st.integers(1, 300), partitions=st.integers(1, 40))
+def test_no_batch_has_fewer_partitions_than_the_last(num_samples: int, batch_size: int, partitions: int) -> None:
+    batch_size = max(batch_size, partitions)
+    found = [num_partitions(b - a, batch_size, partitions) for a, b in batches_of(num_samples, batch_size)]
+    assert found[-1] == min(found) == last_partitions(num_samples, batch_size, partitions)
 
 
 @given(batches=st.integers(1, 50), batch_size=st.integers(2, 300))
