@@ -1,4 +1,4 @@
-"""Numba kernels: sums of rows, and the words of a narrower wire. Ships as `mpidl.kernels`; nothing else imports Numba."""
+"""Numba kernels: sums of rows, words of a narrower wire. Ships as `mpidl.kernels`; nothing else imports Numba."""
 
 from mpidl.kernels.summation import BLOCK_SIZE, MAX_OPERANDS, add_rows, divide, mean_rows
 from mpidl.kernels.wire import from_bfloat16, to_bfloat16

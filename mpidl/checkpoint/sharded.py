@@ -130,7 +130,7 @@ def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str
     unpadded = [layout.unpadded(run) for run in runs]
     if all(start == stop for start, stop in unpadded):
         return {}
-    weights = np.concatenate([without_gaps(layout, manager.weights[start:stop], (start, stop)) for start, stop in runs])
+    weights = _shard_without_gaps(layout, manager.shard_weights(), runs)
     if not np.isfinite(weights).all():
         raise CheckpointError("the weights are not finite any more; the previous checkpoint is kept")
     arrays = {"weights": weights}
@@ -211,17 +211,12 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
     with world.agreed(f"loading {path}"):
         vectors = _read_shard(manager, path, manifest)
         rest = _read_rest(manager, path / REST)
-    world.node_barrier()
     for tensor, value in rest:
         tensor.copy_(value)
-    weights, offset = vectors.pop("weights"), 0
-    for start, stop in manager.shard_runs:
-        manager.weights[start:stop] = weights[offset : offset + stop - start]
-        offset += stop - start
+    manager.set_shard_weights(vectors.pop("weights"))
     manager.shard_optimizer.load(vectors, manifest["optimizer"]["state"])
     for group, options in zip(manager.param_groups, manifest["optimizer"]["options"], strict=True):
         group["lr"] = options.get("lr", group["lr"])  # the other options are the same
-    manager.publish()
     if manifest["buffers"] is not None:
         manager.settle_buffers(manifest["buffers"])
     progress: dict[str, Any] = manifest["progress"]

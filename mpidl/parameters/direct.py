@@ -49,6 +49,13 @@ class Direct:
         assert self._plan is not None, "collect comes first"
         mean_of_node(self.exchange, self._plan, piece, divisor, squares)
 
+    def own_weights(self, piece: Slice) -> NDArray[np.float32]:
+        """Where the optimizer updates a slice of this rank's shard."""
+        return self.exchange.result[piece.start : piece.stop]
+
+    def take_weights(self) -> None:
+        """There are no others than the node's copy."""
+
     def begin_publishing(self) -> None:
         """The updates of this iteration begin."""
         self._is_updating = True

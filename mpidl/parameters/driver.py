@@ -1,8 +1,8 @@
 """Running several exchanges side by side, each written as a generator that yields what it waits for.
 
 With a thread, the exchanges go on while the main thread computes; without one (where MPI was not granted
-MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of its
-own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing has
+MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of
+its own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing has
 moved, and blocks on its queue when nothing is under way.
 
 A generator's exception ends the driver; it is raised by every later call of the main thread's.

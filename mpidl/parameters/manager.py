@@ -21,6 +21,7 @@ from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.buffers import ModelBuffers
+from mpidl.parameters.gate import Gate
 from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.model import (
     check_model,
@@ -92,9 +93,12 @@ class ParameterManager:
         self._buffers = ModelBuffers(model)
         self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire])
         self._place_model(with_caches=True)
+        self._rows = self._make_rows()
+        self._gate = self._make_gate()
+        own_weights = [self._sync.route.own_weights(each) for each in self._sync.slices]
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
-                optimizer, self._groups, self.layout, self.weights, self._sync.gradients.sum, self._sync.slices
+                optimizer, self._groups, self.layout, own_weights, self._sync.gradients.sum, self._sync.slices
             )
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
@@ -113,15 +117,25 @@ class ParameterManager:
             return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire)
 
     def _place_model(self, *, with_caches: bool) -> None:
-        """Let the model live in the node's weights, and autograd in this rank's rows."""
+        """Let the model live in the node's weights."""
         weights.place(self.world, self.model, self._parameters, self.layout, self.weights, with_caches=with_caches)
+        self._sync.route.take_weights()
         self._buffers.take_base()
+
+    def _make_rows(self) -> GradientRows:
+        """Let autograd write into this rank's rows."""
         route, rows = self._sync.route, self._sync.gradients.rows
         spans = [bucket.span for bucket in route.buckets]
-        if hasattr(self, "_rows"):
-            self._rows.release()
-        self._rows = GradientRows(self._parameters, self.layout, rows, spans, route.announce)
-        self._rows.open(0)
+        made = GradientRows(self._parameters, self.layout, rows, spans, route.announce)
+        made.open(0)
+        return made
+
+    def _make_gate(self) -> Gate | None:
+        """Where weights come from other nodes, let modules wait for their own."""
+        if self.world.num_nodes == 1:
+            return None
+        route = self._sync.route
+        return Gate(self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], route.wait)
 
     # --- partitions -----------------------------------------------------------------------------------------------
 
@@ -156,8 +170,13 @@ class ParameterManager:
             )
         return holds
 
-    def synchronize(self, assignment: Assignment) -> NDArray[np.float64]:
+    def synchronize(self, assignment: Assignment, *, wait: bool = True) -> NDArray[np.float64]:
         """Sum, update and share the weights, once every rank has ended its partitions. Collective.
+
+        Args:
+            assignment: the one that the partitions were begun with.
+            wait: whether to return only when the weights are complete; else they are after `wait`, and until then
+                each module's forward waits for its own.
 
         Returns:
             float64, (num_partitions, 4): loss_sum, weight, samples, flags of every partition.
@@ -166,13 +185,23 @@ class ParameterManager:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
         """
         table = self._sync.synchronize(assignment, self._update)
-        self._sync.wait()
+        if self._gate is not None:
+            self._gate.shut()
+        if wait:
+            self.wait()
         self._rows.tell_autograd()
         return table
 
+    def wait(self) -> None:
+        """Return when the weights are complete on this rank's node. Collective where there is one node only."""
+        if self._gate is None:
+            self._sync.wait()
+        else:
+            self._gate.open()
+
     # --- a loop of your own ---------------------------------------------------------------------------------------
 
-    def step(self, num_samples: int | None = None) -> float:
+    def step(self, num_samples: int | None = None, *, wait: bool = True) -> float:
         """Sum the gradients of all ranks, update the weights everywhere, zero the gradients. Collective.
 
         Every rank must call it equally often; a rank that has run out of data calls `step(num_samples=0)` until the
@@ -181,6 +210,8 @@ class ParameterManager:
         Args:
             num_samples: how many samples this rank's mean loss was over; the gradient is then the mean over all
                 samples of all ranks. Default: every rank weighs the same. All ranks must do alike.
+            wait: False: between nodes, weights may still arrive while the next forward runs; each module waits for its
+                own when its forward begins. Whoever reads weights otherwise than through their module calls `wait`.
 
         Returns:
             The sum of all ranks' num_samples (the number of ranks by default); 0: nothing was updated.
@@ -197,7 +228,7 @@ class ParameterManager:
             self._rows.scale(weight)
         flags |= 0 if holds else fields.TOO_EARLY
         self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
-        table = self.synchronize(self.assignment)
+        table = self.synchronize(self.assignment, wait=wait)
         self._sync.route.begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
@@ -251,11 +282,16 @@ class ParameterManager:
         """The optimizer of this rank's shard, with its state by name."""
         return self._update
 
-    def publish(self) -> None:
-        """Bring every rank's own shard of the weights to all nodes, after it was written there. Collective."""
+    def shard_weights(self) -> NDArray[np.float32]:
+        """A copy of this rank's shard of the weights, float32, (shard size,), as the optimizer has them."""
+        return np.concatenate([np.empty(0, np.float32), *map(self._sync.route.own_weights, self._sync.slices)])
+
+    def set_shard_weights(self, values: NDArray[np.float32]) -> None:
+        """Replace this rank's shard of the weights, as `shard_weights` gave it, on all nodes. Collective."""
         self.world.node_barrier()
-        self._sync.gradients.spread()
-        self.world.node_barrier()
+        for each in self._sync.slices:
+            self._sync.route.own_weights(each)[:] = values[each.own]
+        self._sync.publish_all()
         self._buffers.take_base()
 
     @property
@@ -277,10 +313,13 @@ class ParameterManager:
         with self.world.agreed("loading weights"):
             if self.world.rank == 0:
                 check_state_names(self.model, state_dict)
+        self.wait()
         self.world.node_barrier()
         if self.world.rank == 0:
             self.model.load_state_dict(state_dict)
         self._place_model(with_caches=False)
+        self._rows.release()
+        self._rows = self._make_rows()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in torch's own format, on rank 0; {} on the others. Collective."""
@@ -310,6 +349,8 @@ class ParameterManager:
         """
         if not hasattr(self, "_sync"):
             return
+        if self._gate is not None:
+            self._gate.remove()
         self._sync.close()
         self.world.node_barrier()
         weights.take_back(self._parameters)

@@ -9,8 +9,8 @@ own where MPI allows) makes all MPI calls of the exchange. They talk by flags, e
    is complete on the whole node; then `reduction.py` starts its exchange, of which at most `MAX_UNDER_WAY` are under
    way; when one is over, the owner's sum is complete.
 3. *collect* (main): writes the counters, announces what is left and waits for all reductions. The last bucket is never
-   announced earlier, since the counters ride with it; so its node barrier says that every rank of the node has ended its
-   last backward, and nobody reads weights until 5.
+   announced earlier, since the counters ride with it; so its node barrier says that every rank of the node has ended
+   its last backward, and nobody reads weights until 5.
 4. *update* (main, `synchronizer.py`): each bucket of this rank's shard, in the order in which forward needs it.
 5. *publish* (driver), bucket by bucket: shards go to the other nodes' copies; a node barrier says that the bucket is
    complete on this node. A rank may read a bucket's weights from here on, and write its rows once any bucket is
@@ -30,12 +30,13 @@ If a rank stops, the others wait in step 2 or 5 until the launcher or the abort 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
+from mpidl.parameters import publication
 from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.driver import Awaited, Course, Driver, Flag, ThreadDriver
@@ -46,6 +47,9 @@ from mpidl.parameters.wire import Wire
 
 MAX_UNDER_WAY = 4
 """Buckets that are exchanged at the same time: enough to keep the wire busy, few enough to cost no memory."""
+
+
+Start = Generator[Awaited, None, tuple[Steps, Awaited]]
 
 
 class Pipeline:
@@ -62,6 +66,8 @@ class Pipeline:
         self._reduction = reduction
         self._wire = wire
         world = exchange.world
+        self.masters = np.empty(exchange.sum.size, np.float32) if wire.rounds else None
+        """Float32 weights of this rank's shard, where the node's copy holds rounded ones."""
         self._reducing = Lanes(world.duplicate(), world.duplicate())
         self._publishing = Lanes(world.duplicate(), world.duplicate())
         self._driver: Driver | ThreadDriver = ThreadDriver() if world.takes_threads else Driver()
@@ -105,8 +111,8 @@ class Pipeline:
         job, self._job = self._job, None
         return job.local_sum_s
 
-    def _start_reduction(self, bucket: Bucket) -> Course:
-        """Up to where the bucket's messages are under way; returns what is left to do."""
+    def _start_reduction(self, bucket: Bucket) -> Start:
+        """Up to where the bucket's messages are under way; returns what is left to do, and what it waits for."""
         assert self._job is not None
         job = self._job
         yield self._ready[bucket.index]
@@ -145,12 +151,31 @@ class Pipeline:
             if not self._published[index].is_over():
                 self._driver.wait(self._published[index])
 
-    def _start_publishing(self, bucket: Bucket) -> Course:
-        yield self._updated[bucket.index]
-        return self.exchange.start_spread(self._publishing.start, bucket), None
+    def own_weights(self, piece: Slice) -> NDArray[np.float32]:
+        """Where the optimizer updates a slice of this rank's shard: in the node's copy, or in the masters."""
+        if self.masters is None:
+            return self.exchange.result[piece.start : piece.stop]
+        return self.masters[piece.own]
 
-    def _end_publishing(self, bucket: Bucket, spreading: Iterable[Awaited]) -> Course:
-        yield from spreading
+    def take_weights(self) -> None:
+        """Make the node's copy the masters. Not collective."""
+        if self.masters is not None:
+            for piece in self.exchange.shards.slices(self.exchange.world.rank, max(self.exchange.size, 1)):
+                self.masters[piece.own] = self.exchange.result[piece.start : piece.stop]
+
+    def _publication(self, bucket: Bucket) -> Steps:
+        lane = self._publishing.start
+        if self.masters is None:
+            return publication.exact(self.exchange, lane, bucket)
+        return publication.rounded(self.exchange, lane, bucket, self._wire, self.masters)
+
+    def _start_publishing(self, bucket: Bucket) -> Start:
+        yield self._updated[bucket.index]
+        steps = self._publication(bucket)
+        return steps, next(steps)
+
+    def _end_publishing(self, bucket: Bucket, steps: Steps) -> Course:
+        yield from steps
         yield self._publishing.end.start_node_barrier()
         self._published[bucket.index].raise_flag()
 
@@ -167,24 +192,27 @@ class Pipeline:
     # --- both -------------------------------------------------------------------------------------------------
 
     def _two_stage(
-        self, buckets: list[Bucket], start: Callable[..., Course], end: Callable[..., Course], done: Flag
+        self,
+        buckets: list[Bucket],
+        start: Callable[[Bucket], Start],
+        end: Callable[[Bucket, Steps], Course],
+        done: Flag,
     ) -> tuple[Course, Course]:
-        """Two courses: one starts bucket after bucket, the other ends them in the same order, `MAX_UNDER_WAY` behind."""
-        under_way: collections.deque[tuple[Bucket, object, Awaited | None]] = collections.deque()
+        """Two courses: one starts bucket after bucket, the other ends them in the same order."""
+        under_way: collections.deque[tuple[Bucket, Steps, Awaited]] = collections.deque()
 
         def starting() -> Course:
             for bucket in buckets:
                 yield _Condition(lambda: len(under_way) < MAX_UNDER_WAY)
-                rest, awaited = yield from start(bucket)
-                under_way.append((bucket, rest, awaited))
+                steps, awaited = yield from start(bucket)
+                under_way.append((bucket, steps, awaited))
 
         def ending() -> Course:
             for _ in buckets:
                 yield _Condition(lambda: bool(under_way))
-                bucket, rest, awaited = under_way[0]
-                if awaited is not None:
-                    yield awaited
-                yield from end(bucket, rest)
+                bucket, steps, awaited = under_way[0]
+                yield awaited
+                yield from end(bucket, steps)
                 under_way.popleft()
             done.raise_flag()
 

@@ -7,10 +7,10 @@ reach it at other times. The rows of the node are complete when a bucket is star
 
 `ordered` (float32 sums in the tree's order; with wire "float32" the same bits on any number of ranks):
 
-1. *local sum*: for each shard of another node that is its duty, a rank adds up its node's rows over the bucket's piece
-   of that shard, as far as the tree allows, straight into the message.
-2. *reduce_scatter*: one all-to-all carries the messages to the owners. That of the last bucket also carries the counters
-   of the node's partitions, so the owner knows the divisor and every partition's loss before it updates.
+1. *local sum*: for each shard of another node that is its duty, a rank adds up its node's rows over the bucket's
+   piece of that shard, as far as the tree allows, straight into the message.
+2. *reduce_scatter*: one all-to-all carries the messages to the owners. That of the last bucket also carries the
+   counters of the node's partitions, so the owner knows the divisor and every partition's loss before it updates.
 3. The owner adds its own node's rows and the received ones in the tree's order, into its sum.
 
 `mpi` (whatever the site's MPI does best; float32; not bit-stable):
@@ -114,7 +114,7 @@ def ordered(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
 
 
 def _words(job: Job, counters: Counters, node: int) -> int:
-    return counters.num_bytes(*job.plan.partitions_of_node[node]) // np.dtype(job.wire.dtype).itemsize
+    return counters.num_bytes(*job.plan.partitions_of_node[node]) // int(np.dtype(job.wire.dtype).itemsize)
 
 
 def _chosen(addresses: Sequence[int], addends: Addends) -> NDArray[np.int64]:

@@ -4,8 +4,8 @@ One iteration, in phases (the same words stand in `Synchronizer.synchronize`):
 
 1. *compute*: each rank runs its partitions; autograd adds into the rank's rows (`rows.py`).
 2. *collect*: the rows of all ranks are added up in the tree's order for the shards' owners, and with them come the
-   partitions' counters: on one node (`direct.py`) a barrier is all it takes, as the owner reads the rows where they are;
-   between nodes (`pipeline.py`) the exchange has been going on since the first bucket was complete.
+   partitions' counters: on one node (`direct.py`) a barrier is all it takes, as the owner reads the rows where they
+   are; between nodes (`pipeline.py`) the exchange has been going on since the first bucket was complete.
 3. *update*: the owner divides the sum by the samples that ran and lets its optimizer update its shard, slice by slice,
    in place, in the node's one copy of the weights. Nobody reads weights until:
 4. *publish*: shards go to the other nodes' copies. `wait` returns when the weights are complete.
@@ -138,6 +138,13 @@ class Synchronizer:
         self.times.start()
         self.route.wait()
         self.times.lap("allgather")
+
+    def publish_all(self) -> None:
+        """Bring every rank's shard of the weights to all nodes. Collective."""
+        self.route.begin_publishing()
+        for bucket in self.route.buckets:
+            self.route.publish(bucket)
+        self.route.wait()
 
     def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
         """Phase 2; returns the counters of all partitions."""

@@ -39,7 +39,7 @@ class ShardOptimizer:
         factory: makes the optimizer of a list of param groups.
         groups: each param group's options and the names of its parameters.
         layout: of the whole vector.
-        weights: float32, (layout.size,), the node's copy; the shard of it is updated in place.
+        weights: for each slice, float32, (slice size,); updated in place.
         gradient: float32, (shard size,); the mean gradient over the shard, written before each `step`.
         slices: the shard; an empty list where this rank owns nothing.
 
@@ -52,7 +52,7 @@ class ShardOptimizer:
         factory: OptimizerFactory,
         groups: Sequence[Group],
         layout: FlatLayout,
-        weights: Float32Array,
+        weights: Sequence[Float32Array],
         gradient: Float32Array,
         slices: Sequence[Slice],
     ) -> None:
@@ -63,10 +63,10 @@ class ShardOptimizer:
         param_groups = []
         for options, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
-            parts = [part for i, each in enumerate(slices) for part in _parts_of(i, each, runs, weights, gradient)]
+            parts = [part for i, each in enumerate(slices) for part in _parts_of(i, each, runs, weights[i], gradient)]
             self._parts.append(parts)
             self._firsts.append(
-                [bisect.bisect_left(parts, i, key=lambda part: part.slice) for i in range(len(slices) + 1)]
+                [bisect.bisect_left(parts, i, key=lambda part: part.index) for i in range(len(slices) + 1)]
             )
             # A group without elements here holds an empty tensor, as optimizers refuse groups without any.
             tensors = [part.tensor for part in parts] or [torch.nn.Parameter(torch.empty(0))]
@@ -154,7 +154,8 @@ class ShardOptimizer:
 class _Part:
     """A tensor of the optimizer: what one slice and one param group have in common."""
 
-    slice: int
+    index: int
+    """Of the slice."""
     own: slice
     """Where it is in the shard."""
     tensor: torch.nn.Parameter
@@ -167,7 +168,7 @@ def _parts_of(
     parts = []
     for start, stop in merge_pieces(clip(run, (each.start, each.stop)) for run in runs):
         own = slice(start - each.start + each.offset, stop - each.start + each.offset)
-        tensor = torch.nn.Parameter(torch.from_numpy(weights[start:stop]))
+        tensor = torch.nn.Parameter(torch.from_numpy(weights[start - each.start : stop - each.start]))
         parts.append(_Part(index, own, tensor, torch.from_numpy(gradient[own])))
     return parts
 

@@ -16,7 +16,7 @@ AnyArray = NDArray[Any]
 class Wire(Protocol):
     """How float32 values become words, the elements of messages, and values again."""
 
-    dtype: type[np.generic]
+    dtype: Any
     """Of a word."""
     rounds: bool
     """Whether values lose digits on the way."""
@@ -37,7 +37,7 @@ class Wire(Protocol):
 class Float32Wire:
     """Values travel as they are."""
 
-    dtype = np.float32
+    dtype: Any = np.float32
     rounds = False
 
     def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: Float32Array) -> None:  # noqa: D102
@@ -53,7 +53,7 @@ class Float32Wire:
 class Bfloat16Wire:
     """Values are rounded to the nearest bfloat16, ties to even, and travel as uint16."""
 
-    dtype = np.uint16
+    dtype: Any = np.uint16
     rounds = True
 
     def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: NDArray[np.uint16]) -> None:  # noqa: D102

@@ -41,7 +41,7 @@ def wait(request: Request, shares_cores: bool) -> None:
 
 
 class Patience:
-    """How somebody waits who looks again and again at several things: without a pause at first, then in short sleeps."""
+    """How somebody waits who looks again and again at several things: at once at first, then after short sleeps."""
 
     def __init__(self) -> None:
         self._rounds = 0

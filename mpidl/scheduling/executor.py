@@ -86,13 +86,16 @@ class Executor:
             self._compute(assignment, plan.spans[index], iteration, partition)
         for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
             group["lr"] = rate
+        is_last = index == plan.num_iterations - 1  # what is due after the group reads the weights
         try:
-            table = self._manager.synchronize(assignment)
+            table = self._manager.synchronize(assignment, wait=is_last)
         except NonFiniteLossError as error:
             raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
         if not math.isfinite(self._manager.grad_norm):  # the same number on every rank
+            self._manager.wait()
             raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
         if table[:, WEIGHT].sum() == 0:
+            self._manager.wait()
             raise on_all_ranks(NonFiniteLossError(f"all weights of iteration {iteration + 1} are zero: no mean loss"))
         return table
 

@@ -1,0 +1,59 @@
+"""Bringing updated shards of the weights to the other nodes' copies, bucket by bucket.
+
+Generators like those of `reduction.py`: what stands before the first `yield` starts the bucket's exchange.
+
+- `exact`: each piece travels from the owner's node's copy into the others', in place.
+- `rounded`: the owner keeps float32 masters of its shard; their rounded values go into its own node's copy and to the
+  others, so that every rank computes with the same weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
+from mpidl.parameters.reduction import Steps
+from mpidl.parameters.wire import Wire
+from mpidl.runtime import World
+
+
+def exact(exchange: Exchange, lane: World, bucket: Bucket) -> Steps:
+    """One all-to-all a cell, in place. Collective."""
+    yield from exchange.start_spread(lane, bucket)
+
+
+def rounded(exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters: Float32Array) -> Steps:
+    """One all-to-all of words. Collective.
+
+    Args:
+        exchange: whose result is written.
+        lane: whose communicators to use.
+        bucket: which part of it.
+        wire: that rounds.
+        masters: float32, (shard size,); this rank's.
+    """
+    world = exchange.world
+    own = exchange.pieces(bucket, world.rank)
+    words = np.concatenate([np.empty(0, wire.dtype), *(wire.to_words(masters[piece.own]) for piece in own)])
+    _place(exchange, bucket, world.rank, wire, words)
+    send_counts, receive_counts, offsets, total = [0] * world.size, [0] * world.size, [0] * world.size, 0
+    for node in range(world.num_nodes):
+        if node != world.node:
+            send_counts[exchange.duty_rank(world.rank, node)] = words.size
+    senders = [shard for shard in exchange.duties() if world.node_of[shard] != world.node]
+    for shard in senders:
+        receive_counts[shard] = sum(piece.size for piece in exchange.pieces(bucket, shard))
+        offsets[shard] = total
+        total += receive_counts[shard]
+    received = np.empty(total, wire.dtype)
+    yield lane.start_alltoall_varying(words, send_counts, [0] * world.size, received, receive_counts, offsets)
+    for shard in senders:
+        _place(exchange, bucket, shard, wire, received[offsets[shard] : offsets[shard] + receive_counts[shard]])
+
+
+def _place(exchange: Exchange, bucket: Bucket, shard: int, wire: Wire, words: Float32Array) -> None:
+    """Write a shard's words into the node's copy."""
+    values, position = wire.to_values(words), 0
+    for piece in exchange.pieces(bucket, shard):
+        exchange.result[piece.start : piece.stop] = values[position : position + piece.size]
+        position += piece.size
