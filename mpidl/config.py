@@ -102,6 +102,11 @@ class Config:
     reduction: Literal["ordered", "mpi"] = setting(
         "ordered", "gradient sum: in a fixed order (same bits everywhere), or the MPI library's own"
     )
+    wire: Literal["float32", "bfloat16"] = setting(
+        "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"
+    )
+    clip_norm: float | None = setting(None, "bound of the gradient's norm; default: none", minimum=0)
+    clip_value: float | None = setting(None, "bound of each gradient element's magnitude; default: none", minimum=0)
     threads_per_rank: int | Literal["auto"] = setting(
         "auto", "torch threads of a rank; auto: its cores, shared fairly with other ranks", minimum=1
     )

@@ -33,6 +33,9 @@ class Settings:
     param_groups: list[dict[str, Any]] | None
     seed: int
     reduction: str
+    wire: str
+    clip_norm: float | None
+    clip_value: float | None
     loader_workers: int
     eval_batch_size: int
     metrics: Mapping[str, Metric]

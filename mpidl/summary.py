@@ -41,8 +41,9 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
         "iterations_per_epoch": triggers.iterations_per_epoch,
         "total_iterations": triggers.total_iterations,
         "first_iteration": facts["first_iteration"],
-        "bits": "partitions" if facts["reduction"] == "ordered" else "none",
+        "bits": _class_of_bits(facts["reduction"], facts["wire"]),
         "reduction": facts["reduction"],
+        "wire": facts["wire"],
         "seed": facts["seed"],
         "library": world.library,
         "run_dir": facts["run_dir"],
@@ -53,6 +54,13 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
+
+
+def _class_of_bits(reduction: str, wire: str) -> str:
+    """What the result depends on: the partitions; the layout of nodes as well; or more than that, "none"."""
+    if reduction != "ordered":
+        return "none"
+    return "partitions" if wire == "float32" else "layout"
 
 
 def describe_end(history: Sequence[dict[str, Any]], triggers: Triggers, seconds: float) -> dict[str, Any]:

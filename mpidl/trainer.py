@@ -40,6 +40,9 @@ class Trainer:
         param_groups: as torch's.
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered" or "mpi".
+        wire: what travels between nodes: "float32" or "bfloat16".
+        clip_norm: bound of the mean gradient's L2 norm; None: none.
+        clip_value: bound of each of its elements' magnitude; None: none.
         threads_per_rank: torch threads; default: the cores that the rank really has, divided by the ranks that share
             them, which changes with their number, and the bits with it: give a number to have the same ones.
         loader_workers: processes on each rank that read a Dataset ahead; 0: it is read between iterations.
@@ -64,6 +67,9 @@ class Trainer:
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         seed: int = 0,
         reduction: str = "ordered",
+        wire: str = "float32",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         threads_per_rank: int | None = None,
         loader_workers: int = 0,
         eval_batch_size: int = 256,
@@ -86,6 +92,9 @@ class Trainer:
             param_groups=None if param_groups is None else [dict(group) for group in param_groups],
             seed=seed,
             reduction=reduction,
+            wire=wire,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
             loader_workers=loader_workers,
             eval_batch_size=eval_batch_size,
             metrics=dict(metrics or {}),
@@ -187,6 +196,9 @@ class Trainer:
                 self.model,
                 self._settings.optimizer,
                 reduction=self._settings.reduction,
+                wire=self._settings.wire,
+                clip_norm=self._settings.clip_norm,
+                clip_value=self._settings.clip_value,
                 param_groups=self._settings.param_groups,
                 world=self.world,
                 assignment=Assignment.even(self._settings.partitions, self.world.size),

@@ -312,6 +312,7 @@ class Training:
             "batch_size": settings.batch_size,
             "group_size": settings.group_size,
             "reduction": settings.reduction,
+            "wire": settings.wire,
             "seed": settings.seed,
             "train_samples": self._num_samples,
             "validation_samples": 0 if self._validation is None else len(self._validation),

@@ -21,6 +21,7 @@ from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.buffers import ModelBuffers
+from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.gate import Gate
 from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.model import (
@@ -56,6 +57,8 @@ class ParameterManager:
         reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes).
         wire: what travels between nodes: "float32", or "bfloat16" (half the bytes; sums and the owner's weights stay
             float32).
+        clip_norm: bound of the mean gradient's L2 norm over all parameters, as torch's `clip_grad_norm_` has it.
+        clip_value: bound of the magnitude of each of its elements; applied before `clip_norm`.
         param_groups: as torch's: a list of dicts with "params" and options; must hold every trainable parameter once.
         world: default `mpidl.init()`.
         assignment: who computes which partitions; default: rank r is partition r.
@@ -72,6 +75,8 @@ class ParameterManager:
         *,
         reduction: str = "ordered",
         wire: str = "float32",
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         world: World | None = None,
         assignment: Assignment | None = None,
@@ -84,6 +89,8 @@ class ParameterManager:
                 raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
             if wire not in WIRES:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
+            clipping = Clipping(clip_norm, clip_value)
+            clipping.check()
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
@@ -91,7 +98,7 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire])
+        self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire], clipping)
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
@@ -103,9 +110,9 @@ class ParameterManager:
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
-    def _allocate(self, reduction: Reduction, wire: Wire) -> Synchronizer:
+    def _allocate(self, reduction: Reduction, wire: Wire, clipping: Clipping) -> Synchronizer:
         try:
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
         except SharedMemoryError as error:
             copies = 4 * self.layout.size * (self.world.local_size - 1)
             warn(
@@ -114,7 +121,7 @@ class ParameterManager:
                 "/dev/shm (in containers: --shm-size)"
             )
             self.world = self.world.without_shared_memory()
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire)
+            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
 
     def _place_model(self, *, with_caches: bool) -> None:
         """Let the model live in the node's weights."""
@@ -262,7 +269,7 @@ class ParameterManager:
 
     @property
     def grad_norm(self) -> float:
-        """The L2 norm of the mean gradient of the last update, over all parameters. Not collective."""
+        """The L2 norm of the mean gradient of the last update, over all parameters, before clipping by it. Not collective."""
         return math.sqrt(float(self._sync.squares.sum()))
 
     # --- state ----------------------------------------------------------------------------------------------------

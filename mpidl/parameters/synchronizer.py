@@ -18,6 +18,10 @@ the abort hook ends them.
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +31,7 @@ from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.buffers import ModelBuffers
+from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.direct import Direct, mean_of_node
 from mpidl.parameters.exchange import Bucket, Exchange
@@ -52,6 +57,7 @@ class Synchronizer:
         assignment: the largest one that `synchronize` will be called with.
         reduction: how rows reach the owners of shards.
         wire: what travels between nodes.
+        clipping: of the mean gradient.
 
     Raises:
         SharedMemoryError: on every rank: there is no room.
@@ -65,6 +71,7 @@ class Synchronizer:
         assignment: Assignment,
         reduction: Reduction,
         wire: Wire,
+        clipping: Clipping,
     ) -> None:
         self.world = world
         slots = assignment.num_slots(world.rank)
@@ -81,6 +88,7 @@ class Synchronizer:
         self.times = PhaseTimes()
         self._buffers = buffers
         self._reduce = reduction
+        self._clipping = clipping
         self.route: Direct | Pipeline = (
             Direct(self.gradients, self.counters)
             if world.num_nodes == 1
@@ -122,7 +130,10 @@ class Synchronizer:
         table = self._collect(assignment)
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
-            self._update(update, weight)
+            if self._clipping.norm is None and update.goes_by_slices:
+                self._update_in_cache(update, weight)
+            else:
+                self._update(update, self._clipped_mean(weight))
             self._share_squares()
             self._exchange_buffers(assignment, weight)
         self.world.node_barrier()
@@ -153,28 +164,51 @@ class Synchronizer:
         if np.any(table[:, fields.FLAGS].astype(int) & fields.TOO_EARLY):
             local_sum_s += self.route.collect(assignment)
         self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
-        try:
+        with self._nothing_updated():
             _check_table(table)
+        return table
+
+    @contextlib.contextmanager
+    def _nothing_updated(self) -> Iterator[None]:
+        """Let an error of all ranks end the iteration as if it had not begun."""
+        try:
+            yield
         except MpidlError:
             self._buffers.reset()  # forward has written into them
             self.world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
             raise
-        return table
 
-    def _update(self, update: ShardOptimizer, weight: float) -> None:
-        """Phase 3, with publishing begun: bucket by bucket, and in each slice by slice."""
+    def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
+        """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
         self.route.begin_publishing()
-        if update.goes_by_slices:
-            for bucket in reversed(self.route.order):
-                first, last = self._slices_in(bucket)
-                for index in range(first, last):
-                    self._mean(index, weight)
-                    update.step(index, index + 1)
-                self.route.publish(bucket)
-            self.times.lap("update")
-            return
+        for bucket in reversed(self.route.order):
+            first, last = self._slices_in(bucket)
+            for index in range(first, last):
+                self._mean(index, weight)
+                update.step(index, index + 1)
+            self.route.publish(bucket)
+        self.times.lap("update")
+
+    def _clipped_mean(self, weight: float) -> float:
+        """The mean over the whole shard; returns the factor by which clipping shortens it."""
         for index in range(len(self.slices)):
             self._mean(index, weight)
+        if self._clipping.norm is None:
+            return 1.0
+        self.world.node_barrier()
+        self._share_squares()
+        self.world.node_barrier()
+        norm = math.sqrt(float(self.squares.sum()))
+        with self._nothing_updated():
+            if not math.isfinite(norm):
+                raise on_all_ranks(NonFiniteLossError(f"the norm of the gradient is {norm}"))
+        return self._clipping.factor(norm)
+
+    def _update(self, update: ShardOptimizer, factor: float) -> None:
+        """Phase 3 where something needs the whole gradient first."""
+        self.route.begin_publishing()
+        if factor != 1.0:
+            self.gradients.sum[:] *= np.float32(factor)
         update.step(0, len(self.slices))
         self.times.lap("update")
         for bucket in reversed(self.route.order):
@@ -188,6 +222,7 @@ class Synchronizer:
         each = self.slices[index]
         self.times.lap("update")
         self.route.mean(each, weight, self.squares[_blocks(each)])
+        self._clipping.clip_values(self.gradients.sum[each.own], self.squares[_blocks(each)])
         self.times.lap("local_sum")
 
     def _share_squares(self) -> None:
