@@ -269,7 +269,7 @@ class ParameterManager:
 
     @property
     def grad_norm(self) -> float:
-        """The L2 norm of the mean gradient of the last update, over all parameters, before clipping by it. Not collective."""
+        """The L2 norm of the last update's mean gradient over all parameters, before `clip_norm`. Not collective."""
         return math.sqrt(float(self._sync.squares.sum()))
 
     # --- state ----------------------------------------------------------------------------------------------------
