@@ -3,14 +3,14 @@
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.manager import ParameterManager
-from mpidl.parameters.reduction import REDUCTIONS
+from mpidl.parameters.synchronizer import STRATEGIES
 from mpidl.parameters.timing import PHASES
 from mpidl.parameters.update import OptimizerFactory
 from mpidl.parameters.wire import WIRES
 
 __all__ = [
     "PHASES",
-    "REDUCTIONS",
+    "STRATEGIES",
     "WIRES",
     "Assignment",
     "FlatLayout",

@@ -20,6 +20,7 @@ from mpidl.errors import LayoutError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
+from mpidl.parameters.baselines import BASELINES
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.gate import Gate
@@ -31,10 +32,10 @@ from mpidl.parameters.model import (
     group_parameters,
     trainable_parameters,
 )
-from mpidl.parameters.reduction import REDUCTIONS, Reduction
+from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
-from mpidl.parameters.synchronizer import Synchronizer
+from mpidl.parameters.synchronizer import STRATEGIES, Synchronizer
 from mpidl.parameters.update import OptimizerFactory, ShardOptimizer
 from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import SharedMemoryError, World, init, warn
@@ -54,7 +55,9 @@ class ParameterManager:
         model: parameters float32, on the CPU; frozen ones (`requires_grad=False`) are left alone, tied ones are one.
         optimizer: callable from param groups to an element-wise `torch.optim.Optimizer`, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3)`.
-        reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes).
+        reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes); or one of what
+            they are measured against: "driver" (rank 0 adds and updates), "tree" (the same over several levels) and
+            "allreduce" (every rank has the whole optimizer). These three share no memory.
         wire: what travels between nodes: "float32", or "bfloat16" (half the bytes; sums and the owner's weights stay
             float32).
         clip_norm: bound of the mean gradient's L2 norm over all parameters, as torch's `clip_grad_norm_` has it.
@@ -82,11 +85,13 @@ class ParameterManager:
         assignment: Assignment | None = None,
     ) -> None:
         self.world = init() if world is None else world
+        if reduction in BASELINES:
+            self.world = self.world.without_shared_memory()
         self.model = model
         self.assignment = assignment or Assignment.even(self.world.size, self.world.size)
         with self.world.agreed("checking the model"):
-            if reduction not in REDUCTIONS:
-                raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+            if reduction not in STRATEGIES:
+                raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(STRATEGIES)}")
             if wire not in WIRES:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
             clipping = Clipping(clip_norm, clip_value)
@@ -98,7 +103,7 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire], clipping)
+        self._sync = self._allocate(reduction, WIRES[wire], clipping)
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
@@ -110,7 +115,7 @@ class ParameterManager:
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
-    def _allocate(self, reduction: Reduction, wire: Wire, clipping: Clipping) -> Synchronizer:
+    def _allocate(self, reduction: str, wire: Wire, clipping: Clipping) -> Synchronizer:
         try:
             return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
         except SharedMemoryError as error:
@@ -139,9 +144,9 @@ class ParameterManager:
 
     def _make_gate(self) -> Gate | None:
         """Where weights come from other nodes, let modules wait for their own."""
-        if self.world.num_nodes == 1:
-            return None
         route = self._sync.route
+        if not isinstance(route, Pipeline):
+            return None
         return Gate(self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], route.wait)
 
     # --- partitions -----------------------------------------------------------------------------------------------
@@ -281,8 +286,16 @@ class ParameterManager:
 
     @property
     def shard_runs(self) -> list[Piece]:
-        """This rank's shard: elements [start, stop) of the flat vector, ascending."""
+        """This rank's shard: elements [start, stop) of the flat vector, ascending.
+
+        With the reduction "allreduce" every rank's is the whole vector.
+        """
         return self._sync.gradients.shards.runs(self.world.rank)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank's shard is the whole vector."""
+        return self._sync.gradients.shards.is_replicated
 
     @property
     def shard_optimizer(self) -> ShardOptimizer:

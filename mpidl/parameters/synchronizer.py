@@ -30,18 +30,22 @@ from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment, row_plan
+from mpidl.parameters.baselines import BASELINES, Baseline, shards_for
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.direct import Direct, mean_of_node
 from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.layout import FlatLayout, Slice
+from mpidl.parameters.layout import FlatLayout, Shards, Slice
 from mpidl.parameters.pipeline import Pipeline
-from mpidl.parameters.reduction import Job, Lanes, Reduction
+from mpidl.parameters.reduction import REDUCTIONS, Job, Lanes, ordered
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import World, on_all_ranks, share
+
+STRATEGIES = (*REDUCTIONS, *BASELINES)
+"""The parameter manager's two reductions, and what it is measured against."""
 
 SLICE_SIZE = 64 * kernels.BLOCK_SIZE
 """Elements that are added up and updated at a time: their gradient stays in cache in between (1 MiB)."""
@@ -55,7 +59,7 @@ class Synchronizer:
         layout: of the trainable parameters.
         buffers: of the model.
         assignment: the largest one that `synchronize` will be called with.
-        reduction: how rows reach the owners of shards.
+        reduction: one of STRATEGIES: how gradients reach those who update, and who that is.
         wire: what travels between nodes.
         clipping: of the mean gradient.
 
@@ -69,13 +73,13 @@ class Synchronizer:
         layout: FlatLayout,
         buffers: ModelBuffers,
         assignment: Assignment,
-        reduction: Reduction,
+        reduction: str,
         wire: Wire,
         clipping: Clipping,
     ) -> None:
         self.world = world
         slots = assignment.num_slots(world.rank)
-        self.gradients = Exchange(world, layout.size, slots, num_cells=1 if world.num_nodes == 1 else None)
+        self.gradients = Exchange(world, layout.size, slots, _shards(world, layout.size, reduction))
         """Rows of gradients in, weights out."""
         self.changes = Exchange(world, buffers.layout.size, slots)
         """Rows of weighted changes of buffers in, their mean out."""
@@ -87,13 +91,15 @@ class Synchronizer:
         """This rank's shard, in the pieces that are updated at a time."""
         self.times = PhaseTimes()
         self._buffers = buffers
-        self._reduce = reduction
+        self._reduce = REDUCTIONS.get(reduction, ordered)
         self._clipping = clipping
-        self.route: Direct | Pipeline = (
-            Direct(self.gradients, self.counters)
-            if world.num_nodes == 1
-            else Pipeline(self.gradients, self.counters, reduction, wire)
-        )
+        self.route: Direct | Pipeline | Baseline
+        if reduction in BASELINES:
+            self.route = Baseline(self.gradients, self.counters, reduction)
+        elif world.num_nodes == 1:
+            self.route = Direct(self.gradients, self.counters)
+        else:
+            self.route = Pipeline(self.gradients, self.counters, self._reduce, wire)
 
     def lay_out_changes(self) -> None:
         """Make the rows of buffers anew, after it has become known which travel. Collective."""
@@ -228,7 +234,7 @@ class Synchronizer:
     def _share_squares(self) -> None:
         """Bring the squares of this rank's shard to the other nodes."""
         world = self.world
-        if world.num_nodes == 1:
+        if world.num_nodes == 1 or self.gradients.shards.is_replicated:
             return
         blocks = [[_blocks(each) for each in self.gradients.shards.slices(r, SLICE_SIZE)] for r in range(world.size)]
         own = np.concatenate([np.empty(0), *(self.squares[each] for each in blocks[world.rank])])
@@ -267,6 +273,12 @@ class Synchronizer:
     def close(self) -> None:
         """End what goes on in the background. Collective."""
         self.route.close()
+
+
+def _shards(world: World, size: int, reduction: str) -> Shards:
+    if reduction in BASELINES:
+        return shards_for(reduction, size, world.size)
+    return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
 
 
 def _blocks(each: Slice) -> slice:

@@ -197,6 +197,14 @@ class World:
         request = self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)])
         return result, Pending(request, self.shares_cores)
 
+    def start_allreduce(self, send: AnyArray, receive: AnyArray) -> Pending:
+        """Begin to add `send` over all ranks into everyone's `receive`. Collective; same shape and dtype everywhere."""
+        return Pending(self.comm.Iallreduce(send, receive), self.shares_cores)
+
+    def start_reduce(self, send: AnyArray, receive: AnyArray) -> Pending:
+        """Begin to add `send` over all ranks into rank 0's `receive`; the others' is not touched. Collective."""
+        return Pending(self.comm.Ireduce(send, receive if self.rank == 0 else None, root=0), self.shares_cores)
+
     def start_column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> Pending:
         """Add `send` over the ranks of this column and keep this node's block (MPI_Ireduce_scatter).
 
