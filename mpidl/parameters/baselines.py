@@ -8,7 +8,7 @@ Every rank stands for itself: no node shares memory, each holds its own weights.
    - `allreduce`: MPI_Allreduce, to everyone (Horovod, DistributedDataParallel).
    An allgather brings every partition's counters to all.
 2. *update*: rank 0, with the whole optimizer; with `allreduce` every rank, each with a whole optimizer of its own.
-3. *wait*: rank 0 broadcasts the weights; with `allreduce` nothing is left to do.
+3. *publish*: rank 0 broadcasts the weights; with `allreduce` nothing is left to do.
 
 The sums' order is that of ranks or of the MPI library: not bit-stable. If a rank stops, the others wait in a
 collective until the job is ended.
@@ -48,7 +48,6 @@ class Baseline:
         self.order = self.buckets
         self._counters = counters
         self._strategy = strategy
-        self._is_updating = False
         self._total = np.empty(exchange.size, np.float32)
 
     def begin(self, assignment: Assignment) -> None:
@@ -100,18 +99,18 @@ class Baseline:
         """There are no others than this rank's copy."""
 
     def begin_publishing(self) -> None:
-        """The update begins."""
-        self._is_updating = True
+        """Weights are published all at once."""
 
     def publish(self, bucket: Bucket) -> None:
-        """Weights are published in `wait`."""
+        """Weights are published all at once."""
+
+    def end_publishing(self) -> None:
+        """Bring rank 0's weights to all. Collective."""
+        if self._strategy != "allreduce":
+            self.exchange.world.broadcast(self.exchange.result)
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
-        """Return when this rank's copy is complete. Collective once an iteration."""
-        if self._is_updating:
-            self._is_updating = False
-            if self._strategy != "allreduce":
-                self.exchange.world.broadcast(self.exchange.result)
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Nothing is left to end."""

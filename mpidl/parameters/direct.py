@@ -1,7 +1,7 @@
 """The exchange on one node: the ranks read each other's rows in shared memory, and nothing travels.
 
 One iteration: 1. *collect*: a node barrier says that all rows and counters are complete; 2. each rank adds up all rows
-of the node over its own shard, slice by slice, and updates it in the node's one copy of the weights; 3. *wait*: a node
+of the node over its own shard, slice by slice, and updates it in the node's one copy of the weights; 3. a node
 barrier says that all shards are updated. Nobody reads weights, and nobody writes rows, between the two barriers.
 """
 
@@ -28,7 +28,6 @@ class Direct:
         self.order = self.buckets
         self._counters = counters
         self._plan: RowPlan | None = None
-        self._is_updating = False
 
     def begin(self, assignment: Assignment) -> None:
         """Nothing is announced here."""
@@ -57,17 +56,16 @@ class Direct:
         """There are no others than the node's copy."""
 
     def begin_publishing(self) -> None:
-        """The updates of this iteration begin."""
-        self._is_updating = True
+        """Nothing is published here."""
 
     def publish(self, bucket: Bucket) -> None:
         """The update has written where everyone reads."""
 
+    def end_publishing(self) -> None:
+        """Nothing is under way."""
+
     def wait(self, indices: Iterable[int] | None = None) -> None:
-        """Return when all ranks have updated their shards. Collective once an iteration."""
-        if self._is_updating:
-            self._is_updating = False
-            self.exchange.world.node_barrier()
+        """The node barrier at the end of `Synchronizer.synchronize` is all there is to wait for."""
 
     def close(self) -> None:
         """Nothing is left to end."""

@@ -145,6 +145,9 @@ class Pipeline:
         """Say that this rank's shard of a bucket's weights is updated."""
         self._updated[bucket.index].raise_flag()
 
+    def end_publishing(self) -> None:
+        """The driver goes on with it; see `wait`."""
+
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Return when the weights of these buckets (default: of all) are complete on this node."""
         for index in self._published if indices is None else indices:

@@ -140,6 +140,7 @@ class Synchronizer:
                 self._update_in_cache(update, weight)
             else:
                 self._update(update, self._clipped_mean(weight))
+            self.route.end_publishing()
             self._share_squares()
             self._exchange_buffers(assignment, weight)
         self.world.node_barrier()
@@ -161,6 +162,8 @@ class Synchronizer:
         self.route.begin_publishing()
         for bucket in self.route.buckets:
             self.route.publish(bucket)
+        self.route.end_publishing()
+        self.world.node_barrier()
         self.route.wait()
 
     def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
