@@ -252,8 +252,8 @@ class World:
         """End every rank of the job at once. Not collective, does not return."""
         from mpi4py import MPI
 
-        # Not self.comm: on three hosts and more, MPICH 5.0's launcher leaves ranks behind that spin in MPI_Abort, and
-        # waits for them, unless it was called for all ranks.
+        # Not self.comm: where ranks of three hosts abort a duplicate at once, MPICH 5.0 leaves some spinning in there,
+        # and its launcher waits for them.
         MPI.COMM_WORLD.Abort(code)
 
     def without_shared_memory(self) -> World:
