@@ -92,12 +92,13 @@ def test_hosts_are_nodes_that_share_only_their_link(
 
 @needs_hosts
 def test_hosts_have_their_shares_of_the_cores(tmp_path: Path) -> None:
-    code = "import os; print('cores', *sorted(os.sched_getaffinity(0)), flush=True)"
+    # Into files: what two hosts print at once may mix within a line.
+    code = "import os, sys; open(sys.argv[1] + os.uname()[1], 'w').write(str(sorted(os.sched_getaffinity(0))))"
     cores = sorted(os.sched_getaffinity(0))
 
     def seen(*args: object) -> list[list[int]]:
-        lines = hosts("with", *args, "--", sys.executable, "-c", code).check().stdout.splitlines()
-        return sorted([int(core) for core in line.split()[1:]] for line in lines if line.startswith("cores"))
+        hosts("with", *args, "--", sys.executable, "-c", code, f"{tmp_path}/").check()
+        return [json.loads((tmp_path / name).read_text()) for name in ("host1", "host2")]
 
     if len(cores) > 1:
         shares = seen(2)
