@@ -1,5 +1,4 @@
-"""Models by name: small networks that fit the built-in data, larger ones to measure with, and anyone's own as
-`package.module:callable`.
+"""Models by name: networks for the built-in data, larger ones to measure with, and `package.module:callable`.
 
 Every built-in model has attributes `num_classes` and `image_shape` and checks the shape of its input.
 """
