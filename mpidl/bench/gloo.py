@@ -34,9 +34,11 @@ def group(world: World) -> Iterator[None]:
         master_listen_fd=None if listener is None else listener.detach(),
     )  # fmt: skip
     distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=_LIMIT)
-    yield
-    world.barrier()  # nobody may take a connection away that another one still uses
-    distributed.destroy_process_group()
+    try:
+        yield
+        world.barrier()  # nobody may take a connection away that another one still uses
+    finally:
+        distributed.destroy_process_group()
 
 
 def _loopback() -> str:
