@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpidl.bench.report import Row
+from mpidl.bench.report import Row, milliseconds
 from mpidl.errors import ConfigError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -36,13 +36,13 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     for axis, (case, group) in zip(axes, cases.items(), strict=True):
         times = [1e3 * row["seconds"] for row in group]
         errors = [[abs(1e3 * row["spread"][side] - t) for row, t in zip(group, times, strict=True)] for side in (0, 1)]
-        colours = ["tab:blue" if row["way"].startswith("mpidl") else "tab:gray" for row in group]
+        colours = ["tab:blue" if row["way"].startswith("mpidl") else "lightgray" for row in group]
         bars = axis.barh([row["way"] for row in group], times, xerr=errors, color=colours, capsize=3)
         axis.bar_label(bars, fmt="{:,.3g}", padding=4)
         limit = group[0]["limit_seconds"]
         if limit is not None:
-            axis.axvline(1e3 * limit, color="tab:red", linestyle="--", label="limit")
-            axis.legend(loc="lower right")
+            axis.axvline(1e3 * limit, color="tab:red", linestyle="--")
+            case = f"{case} (dashed: the limit, {milliseconds(limit)} ms)"
         axis.margins(x=0.12)
         axis.invert_yaxis()
         axis.set_title(case, loc="left", fontsize="medium")

@@ -12,7 +12,7 @@ from mpidl.bench import gloo, limits, step, sync
 from mpidl.bench.cases import OPTIMIZERS, Exchanged, batch_for, build_model
 from mpidl.bench.exchange_ways import WAYS, GlooAllreduce
 from mpidl.bench.measuring import time_in_turn
-from mpidl.bench.step_ways import ALONE, Alone, Ddp
+from mpidl.bench.step_ways import ALONE, Alone, Clock, Ddp
 from mpidl.errors import DisagreementError
 from mpidl.runtime import World, faults
 from tests.mpi.worlds import node_layouts, with_nodes
@@ -44,7 +44,7 @@ class OnlyItsOwn(GlooAllreduce):
 class Forgets(Alone):
     """Never updates."""
 
-    def finish(self, clock: step.Clock) -> None:
+    def finish(self, clock: Clock) -> None:
         self.module.zero_grad()
 
 
