@@ -60,6 +60,11 @@ def mib(num_bytes: float | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 2**20:,.1f}"
 
 
+def title(bench: str, row: Row) -> str:
+    """Of a table whose ratios are to one of the ways."""
+    return f"bench {bench}: {row['case']}, {row['ranks']} ranks on {row['nodes']} node(s); ratio to {row['baseline']}"
+
+
 def baseline(ways: Sequence[str]) -> str:
     """The way that the others are compared with: mpidl's first."""
     return next((way for way in ways if way.startswith("mpidl")), ways[0])

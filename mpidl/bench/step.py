@@ -128,14 +128,15 @@ def _rows(
 ) -> list[Row]:
     alone = timings[ALONE]
     limit_s = max(alone.seconds, wire_s or 0.0)
-    first = timings[report.baseline([name for name in loops if name != ALONE])].seconds
+    first = report.baseline([name for name in loops if name != ALONE])
     case = f"{parsed.model_name}, batch {parsed.batch} a rank, {parsed.optimizer_name}"
     return [
         row(
             world, case, name, seconds=timing.seconds, spread=timing.spread, limit_seconds=limit_s,
             bytes=limits.FLOAT_BYTES * size, wire_limit_seconds=wire_s, cpu_seconds=timing.cpu_seconds,
-            images_per_s=parsed.batch * world.size / timing.seconds, times_mpidl=timing.seconds / first,
-            times_alone=timing.seconds / alone.seconds, exposed_seconds=timing.seconds - alone.seconds,
+            images_per_s=parsed.batch * world.size / timing.seconds, baseline=first,
+            times_baseline=timing.seconds / timings[first].seconds, times_alone=timing.seconds / alone.seconds,
+            exposed_seconds=timing.seconds - alone.seconds,
             more_cpu_seconds=timing.cpu_seconds - alone.cpu_seconds, phases=_mean_phases(world, loops[name]),
         )
         for name, timing in timings.items()
@@ -149,12 +150,12 @@ def _mean_phases(world: World, loop: Loop) -> dict[str, float]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    title = f"bench step: {rows[0]['case']}, {rows[0]['ranks']} ranks on {rows[0]['nodes']} node(s)"
-    headers = ("way", "ms", "quartiles", "images/s", "x alone", "x mpidl", "exposed ms", "more CPU ms")
+    title = report.title("step", rows[0])
+    headers = ("way", "ms", "quartiles", "images/s", "x alone", "ratio", "exposed ms", "more CPU ms")
     texts = [
         (
             r["way"], milliseconds(r["seconds"]), spread(r["spread"]), f"{r['images_per_s']:,.1f}",
-            f"{r['times_alone']:.3f}", f"{r['times_mpidl']:.3f}", milliseconds(r["exposed_seconds"]),
+            f"{r['times_alone']:.3f}", f"{r['times_baseline']:.3f}", milliseconds(r["exposed_seconds"]),
             milliseconds(r["more_cpu_seconds"]),
         )
         for r in rows

@@ -97,24 +97,24 @@ def _timed_rows(
     limit_s = max(memory_s, wire_s or 0.0)
     copied = limits.memory_bytes(world, exchanged.size, exchanged.optimizer.num_states) / world.local_size
     figures = {name: (timing, copied if name == _COPY else ways[name].sent_bytes) for name, timing in timings.items()}
-    first = timings[report.baseline(list(ways))].seconds
+    first = report.baseline(list(ways))
     return [
         row(
             world, exchanged.name, name, seconds=timing.seconds, spread=timing.spread, limit_seconds=limit_s,
             bytes=num_bytes, cpu_seconds=timing.cpu_seconds, times_limit=timing.seconds / limit_s,
-            times_mpidl=timing.seconds / first, **common,
+            baseline=first, times_baseline=timing.seconds / timings[first].seconds, **common,
         )
         for name, (timing, num_bytes) in figures.items()
     ]  # fmt: skip
 
 
 def _timed_table(rows: Sequence[Row]) -> Table:
-    title = f"bench sync: {rows[0]['case']}, {rows[0]['ranks']} ranks on {rows[0]['nodes']} node(s)"
-    headers = ("way", "ms", "quartiles", "x limit", "x mpidl", "CPU ms", "MiB sent")
+    title = report.title("sync", rows[0])
+    headers = ("way", "ms", "quartiles", "x limit", "ratio", "CPU ms", "MiB sent")
     texts = [
         (
             r["way"], milliseconds(r["seconds"]), spread(r["spread"]), f"{r['times_limit']:.2f}",
-            f"{r['times_mpidl']:.2f}", milliseconds(r["cpu_seconds"]), "-" if r["way"] == _COPY else mib(r["bytes"]),
+            f"{r['times_baseline']:.2f}", milliseconds(r["cpu_seconds"]), "-" if r["way"] == _COPY else mib(r["bytes"]),
         )
         for r in rows
     ]  # fmt: skip
