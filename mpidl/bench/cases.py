@@ -115,18 +115,18 @@ def batch_for(model: nn.Module, size: int, rank: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(num_classes, (size,), generator=generator)
 
 
-def chosen(names: str | None, usable: Iterable[str], unusable: Mapping[str, str]) -> list[str]:
+def chosen(names: str | None, ways: Iterable[str], unusable: Mapping[str, str]) -> list[str]:
     """The ways to measure.
 
     Args:
         names: separated by commas, as the user gave them; None: all usable ones.
-        usable: those that can be run here.
-        unusable: those that cannot, with what they lack.
+        ways: the names of all.
+        unusable: those that cannot be run here, with what they lack.
 
     Raises:
         ConfigError: unknown or unusable ones.
     """
-    usable = list(usable)
+    usable = [way for way in ways if way not in unusable]
     if names is None:
         return usable
     wanted = list(dict.fromkeys(names.split(",")))

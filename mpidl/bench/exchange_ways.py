@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from mpidl.bench import horovod
 from mpidl.bench.cases import Exchanged, Optimizer
 from mpidl.bench.limits import FLOAT_BYTES
 from mpidl.parameters import ParameterManager
@@ -181,6 +182,25 @@ class GlooZero(GlooAllreduce):
         return dataclasses.replace(kept, state=kept.state / self._world.size)
 
 
+class Horovod(GlooAllreduce):
+    """What Horovod's DistributedOptimizer does: every gradient by itself, in Horovod's buffers, then the update."""
+
+    def prepare(self) -> None:
+        """Start Horovod, fill the gradients."""
+        self._horovod = horovod.start()
+        super().prepare()
+
+    def run(self) -> None:
+        """Average all gradients, update."""
+        under_way = [
+            self._horovod.allreduce_async_(gradient, name=f"gradient {index}", op=self._horovod.Average)
+            for index, gradient in enumerate(self._mine)
+        ]
+        for handle in under_way:
+            self._horovod.synchronize(handle)
+        self._optimizer.step()
+
+
 class _MakesWay(Protocol):
     def __call__(self, world: World, exchanged: Exchanged) -> Way: ...
 
@@ -191,6 +211,7 @@ WAYS: dict[str, _MakesWay] = {
     "mpi-allreduce": MpiAllreduce,
     "ddp-gloo": GlooAllreduce,
     "zero-gloo": GlooZero,
+    "horovod": Horovod,
 }
 """All ways by name; those of mpidl take any of ParameterManager's settings."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpidl.bench import horovod
 from mpidl.bench.cases import OPTIMIZERS, Exchanged, shapes_of_model
 from mpidl.bench.exchange_ways import WAYS
 from mpidl.bench.report import Row, Table, mib, row
@@ -43,6 +44,7 @@ def measure(world: World, names: Sequence[str]) -> list[Row]:
         )  # fmt: skip
         way.close()
         del way
+        horovod.stop()
     return rows
 
 

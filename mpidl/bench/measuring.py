@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,11 +40,19 @@ class Timing:
         return Timing(self.seconds / number, (low / number, high / number), self.cpu_seconds / number)
 
 
-def time_in_turn(world: World, ways: Mapping[str, Timed], repeats: int) -> dict[str, Timing]:
+def time_in_turn(
+    world: World, ways: Mapping[str, Timed], repeats: int, after: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
     """Run all ways one after the other, again and again, so that all meet the same machine. Collective.
 
     A repetition begins when every rank has prepared; it has taken as long as on the slowest rank. The first one, which
     touches memory and opens connections, does not count. Each repetition begins with another way than the last.
+
+    Args:
+        world: the ranks.
+        ways: name -> way; the same names on all ranks.
+        repeats: how often each is timed.
+        after: called after each run, outside the timed part.
 
     Returns:
         name -> seconds, the same on all ranks.
@@ -62,6 +70,7 @@ def time_in_turn(world: World, ways: Mapping[str, Timed], repeats: int) -> dict[
             way.run()
             wall[index, repeat] = time.perf_counter() - begin
             cpu[index, repeat] = time.process_time() - cpu_begin
+            after()
     slowest = world.allreduce(wall, "max")[:, 1:]
     mean_cpu = world.allreduce(cpu)[:, 1:] / world.size
     return {name: _timing(slowest[index], mean_cpu[index]) for index, name in enumerate(names)}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpidl.bench import gloo, limits, report
+from mpidl.bench import gloo, horovod, limits, report
 from mpidl.bench.cases import OPTIMIZERS, SEED, batch_for, build_model, chosen
 from mpidl.bench.measuring import Timing, time_in_turn
 from mpidl.bench.report import Report, Row, Table, milliseconds, row, spread
@@ -56,7 +56,8 @@ class Loop:
         return float(loss.detach())
 
     def prepare(self) -> None:
-        """Forget the phases of iterations that are not timed."""
+        """Get the way ready, and forget the phases of iterations that are not timed."""
+        self.way.prepare()
         self._clock.take()
 
     def run(self) -> None:
@@ -75,7 +76,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
     """
     optimizer = OPTIMIZERS[parsed.optimizer_name]
     with world.agreed("choosing ways and model"):
-        names = chosen(parsed.ways, WAYS, {})
+        names = chosen(parsed.ways, WAYS, horovod.unusable())
         model = build_model(parsed.model_name)
     batch = batch_for(model, parsed.batch, world.rank)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -85,7 +86,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
             way = WAYS[name](world, build_model(parsed.model_name), optimizer)
             loops[name] = Loop(world, way, batch, parsed.iterations)
         check(world, loops)
-        timings = time_in_turn(world, loops, parsed.repeats)
+        timings = time_in_turn(world, loops, parsed.repeats, after=horovod.stop)
         wire_s = limits.wire_seconds(world, size, parsed.wire_gbit)
         rows = _rows(world, parsed, size, loops, {n: t.divided(parsed.iterations) for n, t in timings.items()}, wire_s)
         for loop in loops.values():
@@ -103,7 +104,11 @@ def check(world: World, loops: Mapping[str, Loop]) -> None:
     Raises:
         DisagreementError: on every rank, with both traces.
     """
-    own = np.array([[loop.iterate() for _ in range(_CHECKED_ITERATIONS)] for loop in loops.values()])
+    own = np.empty((len(loops), _CHECKED_ITERATIONS))
+    for index, loop in enumerate(loops.values()):
+        loop.prepare()
+        own[index] = [loop.iterate() for _ in range(_CHECKED_ITERATIONS)]
+        horovod.stop()
     traces = dict(zip(loops, (world.allreduce(own) / world.size).tolist(), strict=True))
     first = next((name for name in loops if name != ALONE), ALONE)
     for name, trace in traces.items():

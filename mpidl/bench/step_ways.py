@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from mpidl.bench import horovod
 from mpidl.bench.cases import Optimizer
 from mpidl.bench.exchange_ways import allreduce, flat_views, set_gradients, zero_optimizer
 from mpidl.parameters import ParameterManager
@@ -50,6 +51,9 @@ class Way(Protocol):
     module: nn.Module
     """What the batch goes through."""
 
+    def prepare(self) -> None:
+        """What has to be done before some iterations and is not timed."""
+
     def finish(self, clock: Clock) -> None:
         """All that follows a backward pass, with laps: in the end new weights, and no gradients."""
 
@@ -63,6 +67,9 @@ class Alone:
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         self.module = model
         self._optimizer = optimizer.factory(model.parameters())
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def finish(self, clock: Clock) -> None:
         """Update."""
@@ -80,6 +87,9 @@ class Mpidl:
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer, **settings: str) -> None:
         self.module = model
         self._manager = ParameterManager(model, optimizer.factory, world=world, **settings)  # type: ignore[arg-type]
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def finish(self, clock: Clock) -> None:
         """One step, which zeroes the gradients as well."""
@@ -102,6 +112,9 @@ class MpiAllreduce:
         self._sum, self._means = flat_views(self._parameters)
         set_gradients(self._parameters, self._mine)
         self._optimizer = optimizer.factory(self._parameters)
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def finish(self, clock: Clock) -> None:
         """Add over ranks, update everything."""
@@ -133,6 +146,28 @@ class DdpZero(Alone):
         self._optimizer = zero_optimizer(model.parameters(), optimizer)
 
 
+class Horovod(Alone):
+    """Horovod's DistributedOptimizer, which adds gradients from backward on."""
+
+    def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(world, model, optimizer)
+        names = model.named_parameters()
+        self._distributed = horovod.start().DistributedOptimizer(self._optimizer, named_parameters=names)
+
+    def prepare(self) -> None:
+        """Start Horovod."""
+        horovod.start()
+
+    def finish(self, clock: Clock) -> None:
+        """Wait for the sums, update."""
+        self._distributed.synchronize()
+        clock.lap("communication")
+        with self._distributed.skip_synchronize():
+            self._distributed.step()
+        self._distributed.zero_grad()
+        clock.lap("update")
+
+
 class _MakesWay(Protocol):
     def __call__(self, world: World, model: nn.Module, optimizer: Optimizer) -> Way: ...
 
@@ -145,6 +180,7 @@ WAYS: dict[str, _MakesWay] = {
     "mpi-allreduce": MpiAllreduce,
     "ddp-gloo": Ddp,
     "zero-gloo": DdpZero,
+    "horovod": Horovod,
 }
 """All ways by name, but for `Alone`, which is always measured beside them."""
 

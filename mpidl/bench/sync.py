@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mpidl.bench import gloo, kept, limits, report
+from mpidl.bench import gloo, horovod, kept, limits, report
 from mpidl.bench.cases import OPTIMIZERS, Exchanged, chosen, shapes_of_millions, shapes_of_model
 from mpidl.bench.exchange_ways import WAYS, Way
 from mpidl.bench.measuring import Timing, time_in_turn
@@ -35,7 +35,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
     """
     optimizer = OPTIMIZERS[parsed.optimizer_name]
     with world.agreed("choosing ways and model"):
-        names = chosen(parsed.ways, WAYS, {})
+        names = chosen(parsed.ways, WAYS, horovod.unusable())
         shapes: Sequence[Sequence[int]] = (
             shapes_of_model(parsed.model_name) if parsed.model_name else shapes_of_millions(parsed.millions)
         )
@@ -44,7 +44,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
         ways = {name: WAYS[name](world, exchanged) for name in names}
         check(world, exchanged, ways)
         copy = limits.Copy(world, limits.memory_bytes(world, exchanged.size, optimizer.num_states))
-        timings = time_in_turn(world, {_COPY: copy, **ways}, parsed.repeats)
+        timings = time_in_turn(world, {_COPY: copy, **ways}, parsed.repeats, after=horovod.stop)
         wire_s = limits.wire_seconds(world, exchanged.size, parsed.wire_gbit)
         rows = _timed_rows(world, exchanged, ways, timings, wire_s)
         for way in ways.values():
@@ -66,6 +66,7 @@ def check(world: World, exchanged: Exchanged, ways: Mapping[str, Way]) -> None:
             way.prepare()
             world.barrier()
             way.run()
+            horovod.stop()
     options = {**exchanged.optimizer.options, "fused": False}
     wrong = np.zeros(len(ways))
     for index, (weight, gradient) in enumerate(zip(exchanged.weights, exchanged.gradients, strict=True)):

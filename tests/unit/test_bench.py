@@ -32,6 +32,7 @@ def row(way: str, seconds: float | None, case: str = "c") -> report.Row:
 
 def test_all_usable_ways_are_measured_unless_some_are_named() -> None:
     assert cases.chosen(None, ["a", "b"], {}) == ["a", "b"]
+    assert cases.chosen(None, ["a", "b"], {"a": "it lacks c"}) == ["b"]
     assert cases.chosen("b,a,b", ["a", "b"], {}) == ["b", "a"]
 
 
@@ -42,7 +43,7 @@ def test_an_unknown_way_gets_near_names_and_all_names() -> None:
 
 def test_a_way_that_cannot_be_run_here_says_what_it_lacks() -> None:
     with pytest.raises(ConfigError, match="way other cannot be run here: pip install other"):
-        cases.chosen("other", ["mpidl"], {"other": "pip install other"})
+        cases.chosen("other", ["mpidl", "other"], {"other": "pip install other"})
 
 
 def test_a_model_without_image_shape_is_refused() -> None:
