@@ -1,6 +1,6 @@
 """The parameter manager: one flat vector, summed in a fixed tree, updated in shards, kept once per node."""
 
-from mpidl.parameters.assignment import Assignment
+from mpidl.parameters.assignment import Addends, Assignment
 from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.manager import ParameterManager
 from mpidl.parameters.synchronizer import STRATEGIES
@@ -12,6 +12,7 @@ __all__ = [
     "PHASES",
     "STRATEGIES",
     "WIRES",
+    "Addends",
     "Assignment",
     "FlatLayout",
     "OptimizerFactory",
