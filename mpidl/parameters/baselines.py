@@ -50,6 +50,11 @@ class Baseline:
         self._strategy = strategy
         self._total = np.empty(exchange.size, np.float32)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradient takes in one row and summed."""
+        return self._total.nbytes + self.exchange.sum.nbytes
+
     def begin(self, assignment: Assignment) -> None:
         """Nothing is announced here."""
 
@@ -89,7 +94,11 @@ class Baseline:
 
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """Turn the sum over a slice into the mean; `squares` as `kernels.mean_rows` has it."""
-        kernels.divide(self.exchange.sum[piece.own], divisor, squares)
+        kernels.divide(self.own_gradient(piece), divisor, squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self.exchange.sum[piece.own]
 
     def own_weights(self, piece: Slice) -> Float32Array:
         """Where the optimizer updates a slice."""

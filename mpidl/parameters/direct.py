@@ -7,7 +7,7 @@ barrier says that all shards are updated. Nobody reads weights, and nobody write
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,22 @@ from mpidl.parameters.layout import Slice
 
 
 class Direct:
-    """The exchange of one vector inside a node; what `Pipeline` is to several."""
+    """The exchange of one vector inside a node; what `Pipeline` is to several.
 
-    def __init__(self, exchange: Exchange, counters: Counters) -> None:
+    Args:
+        exchange: without sums.
+        counters: of the partitions.
+        slices: this rank's shard.
+        keeps_gradient: whether the gradient of the whole shard is wanted at once, instead of one slice's after another.
+    """
+
+    def __init__(self, exchange: Exchange, counters: Counters, slices: Sequence[Slice], keeps_gradient: bool) -> None:
         self.exchange = exchange
+        # Used again for slice after slice, it stays in cache, and no gradient is ever written to memory.
+        largest = max((each.size for each in slices), default=0)
+        size = sum(each.size for each in slices) if keeps_gradient else largest
+        self._gradient = np.zeros(size, np.float32)
+        self._keeps_gradient = keeps_gradient
         self.buckets = exchange.buckets(len(exchange.shards.cells))
         self.order = self.buckets
         self._counters = counters
@@ -46,7 +58,16 @@ class Direct:
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """The mean over a slice of this rank's shard; `squares` as `kernels.mean_rows` has it."""
         assert self._plan is not None, "collect comes first"
-        mean_of_node(self.exchange, self._plan, piece, divisor, squares)
+        mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self._gradient[piece.own] if self._keeps_gradient else self._gradient[: piece.size]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the summed gradient takes."""
+        return self._gradient.nbytes
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:
         """Where the optimizer updates a slice of this rank's shard."""
@@ -71,8 +92,14 @@ class Direct:
         """Nothing is left to end."""
 
 
-def mean_of_node(exchange: Exchange, plan: RowPlan, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
-    """Add up the rows of the one node there is over a slice of this rank's shard, and divide, into its sum."""
+def mean_of_node(
+    exchange: Exchange,
+    plan: RowPlan,
+    piece: Slice,
+    divisor: float,
+    out: NDArray[np.float32],
+    squares: NDArray[np.float64],
+) -> None:
+    """Add up the rows of the one node there is over a slice of this rank's shard, and divide, into `out`."""
     addresses = exchange.addresses([plan.local[i] for i in plan.total.rows], piece.start)
-    out = exchange.sum[piece.own]
     kernels.mean_rows(np.array(addresses, dtype=np.int64), plan.total.steps, divisor, out, squares)

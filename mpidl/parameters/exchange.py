@@ -49,9 +49,12 @@ class Exchange:
         size: elements of the vector.
         num_slots: rows of this rank.
         shards: who owns what; default: one contiguous piece for every rank.
+        with_sums: whether there is memory for the sums.
     """
 
-    def __init__(self, world: World, size: int, num_slots: int, shards: Shards | None = None) -> None:
+    def __init__(
+        self, world: World, size: int, num_slots: int, shards: Shards | None = None, *, with_sums: bool = True
+    ) -> None:
         self.world = world
         self.size = size
         self.num_slots = num_slots
@@ -61,7 +64,8 @@ class Exchange:
         own = self._segments[world.local_rank]
         self.rows: list[Float32Array] = [own[slot * size : (slot + 1) * size] for slot in range(num_slots)]
         """This rank's rows, float32, (size,) each."""
-        self.sums = [segment.view(np.float32) for segment in share(world, 4 * self.shards.size_of(world.rank))]
+        sum_size = self.shards.size_of(world.rank) if with_sums else 0
+        self.sums = [segment.view(np.float32) for segment in share(world, 4 * sum_size)]
         """The sums over the shards of this node's ranks, by local rank, float32, (shard size,)."""
         self.result: Float32Array = share(world, 4 * size if world.local_rank == 0 else 0)[0].view(np.float32)
         """The node's one copy, float32, (size,)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
 from mpidl.parameters.synchronizer import STRATEGIES, Synchronizer
-from mpidl.parameters.update import OptimizerFactory, ShardOptimizer
-from mpidl.parameters.wire import WIRES, Wire
+from mpidl.parameters.update import OptimizerFactory, ShardOptimizer, goes_by_slices
+from mpidl.parameters.wire import WIRES
 from mpidl.runtime import SharedMemoryError, World, init, warn
 
 
@@ -103,21 +103,34 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._sync = self._allocate(reduction, WIRES[wire], clipping)
+        by_slices = goes_by_slices(optimizer)
+        self._sync = self._allocate(
+            lambda world: Synchronizer(
+                world,
+                self.layout,
+                self._buffers,
+                self.assignment,
+                reduction,
+                WIRES[wire],
+                clipping,
+                by_slices=by_slices,
+            )
+        )
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
         own_weights = [self._sync.route.own_weights(each) for each in self._sync.slices]
+        own_gradients = [self._sync.route.own_gradient(each) for each in self._sync.slices]
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
-                optimizer, self._groups, self.layout, own_weights, self._sync.gradients.sum, self._sync.slices
+                optimizer, self._groups, self.layout, own_weights, own_gradients, self._sync.slices
             )
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
-    def _allocate(self, reduction: str, wire: Wire, clipping: Clipping) -> Synchronizer:
+    def _allocate(self, make: Callable[[World], Synchronizer]) -> Synchronizer:
         try:
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
+            return make(self.world)
         except SharedMemoryError as error:
             copies = 4 * self.layout.size * (self.world.local_size - 1)
             warn(
@@ -126,7 +139,7 @@ class ParameterManager:
                 "/dev/shm (in containers: --shm-size)"
             )
             self.world = self.world.without_shared_memory()
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
+            return make(self.world)
 
     def _place_model(self, *, with_caches: bool) -> None:
         """Let the model live in the node's weights."""
@@ -358,8 +371,8 @@ class ParameterManager:
         return {
             "weights (one copy a node)": self.weights.nbytes,
             "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),
-            "summed gradient shard": self._sync.gradients.sum.nbytes,
-            "optimizer state, per element-wise tensor": self._sync.gradients.sum.nbytes,
+            "summed gradient": self._sync.route.gradient_bytes,
+            "optimizer state, per element-wise tensor": 4 * self._update.shard_size,
         }
 
     def close(self) -> None:

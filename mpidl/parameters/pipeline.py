@@ -77,6 +77,11 @@ class Pipeline:
         self._updated: dict[int, Flag] = {}
         self._published: dict[int, Flag] = {}
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What the summed gradient takes, and the masters where there are any."""
+        return self.exchange.sum.nbytes + (0 if self.masters is None else self.masters.nbytes)
+
     # --- reduce -----------------------------------------------------------------------------------------------
 
     def begin(self, assignment: Assignment) -> None:
@@ -130,7 +135,11 @@ class Pipeline:
 
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """Turn the sum over a slice of this rank's shard into the mean; `squares` as `kernels.mean_rows` has it."""
-        kernels.divide(self.exchange.sum[piece.own], divisor, squares)
+        kernels.divide(self.own_gradient(piece), divisor, squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self.exchange.sum[piece.own]
 
     # --- publish ----------------------------------------------------------------------------------------------
 

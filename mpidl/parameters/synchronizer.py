@@ -62,6 +62,7 @@ class Synchronizer:
         reduction: one of STRATEGIES: how gradients reach those who update, and who that is.
         wire: what travels between nodes.
         clipping: of the mean gradient.
+        by_slices: whether the optimizer may be called for one slice after another.
 
     Raises:
         SharedMemoryError: on every rank: there is no room.
@@ -76,10 +77,14 @@ class Synchronizer:
         reduction: str,
         wire: Wire,
         clipping: Clipping,
+        *,
+        by_slices: bool,
     ) -> None:
         self.world = world
         slots = assignment.num_slots(world.rank)
-        self.gradients = Exchange(world, layout.size, slots, _shards(world, layout.size, reduction))
+        is_direct = world.num_nodes == 1 and reduction not in BASELINES
+        shards = _shards(world, layout.size, reduction)
+        self.gradients = Exchange(world, layout.size, slots, shards, with_sums=not is_direct)
         """Rows of gradients in, weights out."""
         self.changes = Exchange(world, buffers.layout.size, slots)
         """Rows of weighted changes of buffers in, their mean out."""
@@ -93,11 +98,13 @@ class Synchronizer:
         self._buffers = buffers
         self._reduce = REDUCTIONS.get(reduction, ordered)
         self._clipping = clipping
+        self._by_slices = by_slices
         self.route: Direct | Pipeline | Baseline
         if reduction in BASELINES:
             self.route = Baseline(self.gradients, self.counters, reduction)
-        elif world.num_nodes == 1:
-            self.route = Direct(self.gradients, self.counters)
+        elif is_direct:
+            keeps_gradient = clipping.norm is not None or not by_slices
+            self.route = Direct(self.gradients, self.counters, self.slices, keeps_gradient)
         else:
             self.route = Pipeline(self.gradients, self.counters, self._reduce, wire)
 
@@ -136,7 +143,7 @@ class Synchronizer:
         table = self._collect(assignment)
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
-            if self._clipping.norm is None and update.goes_by_slices:
+            if self._clipping.norm is None and self._by_slices:
                 self._update_in_cache(update, weight)
             else:
                 self._update(update, self._clipped_mean(weight))
@@ -217,7 +224,8 @@ class Synchronizer:
         """Phase 3 where something needs the whole gradient first."""
         self.route.begin_publishing()
         if factor != 1.0:
-            self.gradients.sum[:] *= np.float32(factor)
+            for each in self.slices:
+                self.route.own_gradient(each)[:] *= np.float32(factor)
         update.step(0, len(self.slices))
         self.times.lap("update")
         for bucket in reversed(self.route.order):
@@ -231,7 +239,7 @@ class Synchronizer:
         each = self.slices[index]
         self.times.lap("update")
         self.route.mean(each, weight, self.squares[_blocks(each)])
-        self._clipping.clip_values(self.gradients.sum[each.own], self.squares[_blocks(each)])
+        self._clipping.clip_values(self.route.own_gradient(each), self.squares[_blocks(each)])
         self.times.lap("local_sum")
 
     def _share_squares(self) -> None:
@@ -260,7 +268,7 @@ class Synchronizer:
         squares = [np.empty(-(-each.size // kernels.BLOCK_SIZE)) for each in pieces]
         if world.num_nodes == 1:
             for each, unused in zip(pieces, squares, strict=True):
-                mean_of_node(changes, plan, each, weight, unused)
+                mean_of_node(changes, plan, each, weight, changes.result[each.start : each.stop], unused)
         else:
             for pending in self._reduce(
                 Job(changes, assignment, plan, WIRES["float32"], Lanes(world, world)), bucket, None
@@ -269,8 +277,7 @@ class Synchronizer:
             world.node_barrier()  # "mpi" may have had another rank of the node write this one's sum
             for each, unused in zip(pieces, squares, strict=True):
                 kernels.divide(changes.sum[each.own], weight, unused)
-        for each in pieces:
-            changes.result[each.start : each.stop] = changes.sum[each.own]
+                changes.result[each.start : each.stop] = changes.sum[each.own]
         changes.spread()
 
     def close(self) -> None:
