@@ -7,6 +7,7 @@ node-shared memory. Persistent buffers stay each rank's own (`buffers.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -103,19 +104,17 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        by_slices = goes_by_slices(optimizer)
-        self._sync = self._allocate(
-            lambda world: Synchronizer(
-                world,
-                self.layout,
-                self._buffers,
-                self.assignment,
-                reduction,
-                WIRES[wire],
-                clipping,
-                by_slices=by_slices,
-            )
+        make = functools.partial(
+            Synchronizer,
+            layout=self.layout,
+            buffers=self._buffers,
+            assignment=self.assignment,
+            reduction=reduction,
+            wire=WIRES[wire],
+            clipping=clipping,
+            by_slices=goes_by_slices(optimizer),
         )
+        self._sync = self._allocate(make)
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()

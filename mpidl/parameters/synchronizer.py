@@ -47,8 +47,8 @@ from mpidl.runtime import World, on_all_ranks, share
 STRATEGIES = (*REDUCTIONS, *BASELINES)
 """The parameter manager's two reductions, and what it is measured against."""
 
-SLICE_SIZE = 64 * kernels.BLOCK_SIZE
-"""Elements that are added up and updated at a time: their gradient stays in cache in between (1 MiB)."""
+SLICE_SIZE = 256 * kernels.BLOCK_SIZE
+"""Elements that are added up and updated at a time: their gradient stays in cache in between (4 MiB)."""
 
 
 class Synchronizer:
@@ -197,6 +197,8 @@ class Synchronizer:
     def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
         """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
         self.route.begin_publishing()
+        if not self.slices:
+            update.step(0, 0)  # torch's schedulers want to see a step
         for bucket in reversed(self.route.order):
             first, last = self._slices_in(bucket)
             for index in range(first, last):

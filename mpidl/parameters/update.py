@@ -66,9 +66,9 @@ class ShardOptimizer:
         param_groups = []
         for options, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
-            parts = [
-                part for i, each in enumerate(slices) for part in _parts_of(i, each, runs, weights[i], gradients[i])
-            ]
+            parts: list[_Part] = []
+            for i, each in enumerate(slices):
+                parts += _parts_of(i, each, runs, weights[i], gradients[i])
             self._parts.append(parts)
             self._firsts.append(
                 [bisect.bisect_left(parts, i, key=lambda part: part.index) for i in range(len(slices) + 1)]
