@@ -171,8 +171,10 @@ class Announcements:
         return [index for index, count in enumerate(self._expected) if count == 0]
 
     def is_zero(self, index: int) -> bool:
-        """Whether `open` named this parameter."""
-        return bool(self._missing) and self._expected is not None and self._expected[index] == 0
+        """Whether `open` named this parameter, and nothing was added to its view since."""
+        if not self._missing or self._expected is None:
+            return False
+        return self._expected[index] == 0 and self._counts[index] == 0
 
     def add(self, index: int, view: torch.Tensor) -> None:
         """A gradient was added to a parameter's view of the row."""
