@@ -105,6 +105,7 @@ class GradientRows:
                 raise LayoutError(f"the gradient of {name} is sparse; use sparse=False in the embedding")
             elif gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient.detach())
+                self._announcements.replace(index)
         return self._announcements.close(views)
 
     @property
@@ -179,24 +180,32 @@ class Announcements:
     def add(self, index: int, view: torch.Tensor) -> None:
         """A gradient was added to a parameter's view of the row."""
         self._counts[index] += 1
+        self._versions[index] = view._version
         if not self._missing or self._expected is None or self._counts[index] != self._expected[index]:
             return
-        self._versions[index] = view._version
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
             if self._missing[bucket] == 0:
                 self.has_announced = True
                 self._announce(bucket)
 
+    def replace(self, index: int) -> None:
+        """A parameter's view was written by the user's own gradient."""
+        self._versions[index] = -1
+
     def close(self, views: Sequence[torch.Tensor]) -> bool:
-        """End a row; returns whether what was announced still holds."""
+        """End a row; returns whether what was announced still holds.
+
+        A change by the user's hand counts as one gradient more; so where there is one every time, it is waited for.
+        """
+        for index, version in self._versions.items():
+            self._counts[index] += views[index]._version != version
         holds = not self._is_spoiled
         if self.has_announced and self._expected is not None and self._missing:
             announced = {bucket for bucket, missing in enumerate(self._missing) if missing == 0}
             for index, buckets in enumerate(self._buckets_of):
                 if announced.intersection(buckets):
                     holds &= self._counts[index] == self._expected[index]
-                    holds &= self._versions.get(index, views[index]._version) == views[index]._version
         if self._is_last:
             self._expected = self._counts
         self._is_open = False
