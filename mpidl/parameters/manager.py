@@ -116,10 +116,11 @@ class ParameterManager:
         """Let the model live in the node's weights, and autograd in this rank's rows."""
         weights.place(self.world, self.model, self._parameters, self.layout, self.weights, with_caches=with_caches)
         self._buffers.take_base()
+        if hasattr(self, "_rows"):
+            self.zero_grad()
+            return
         route, rows = self._sync.route, self._sync.gradients.rows
         spans = [bucket.span for bucket in route.buckets]
-        if hasattr(self, "_rows"):
-            self._rows.release()
         self._rows = GradientRows(self._parameters, self.layout, rows, spans, route.announce)
         self._rows.open(0)
 
@@ -131,10 +132,14 @@ class ParameterManager:
         A rank runs its partitions in ascending order.
         """
         start, stop = assignment.range_of(self.world.rank)
-        self._sync.route.begin(assignment)
+        self._begin(assignment)
         slot = len(tree.cover(assignment.num_partitions, start, partition))
         self._rows.open(slot, is_last=partition == stop - 1)
         self._buffers.reset()
+
+    def _begin(self, assignment: Assignment) -> None:
+        if self._sync.route.begin(assignment):
+            self._rows.begin()
 
     def end_partition(
         self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
@@ -198,7 +203,7 @@ class ParameterManager:
         flags |= 0 if holds else fields.TOO_EARLY
         self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
         table = self.synchronize(self.assignment)
-        self._sync.route.begin(self.assignment)
+        self._begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
         return float(table[:, fields.WEIGHT].sum())

@@ -58,6 +58,10 @@ class GradientRows:
         self.is_last = False
         """Whether it is the iteration's last."""
 
+    def begin(self) -> None:
+        """An exchange begins to which nothing was announced yet; `open` comes next."""
+        self._announcements.begin()
+
     def open(self, slot: int, *, is_last: bool = False) -> None:
         """Let autograd write into a row, from nothing.
 
@@ -149,16 +153,19 @@ class Announcements:
         self._versions: dict[int, int] = {}
         self._missing: list[int] = []
         self._is_last = False
-        self._is_open = False
         self._is_spoiled = False
         self.has_announced = False
         """Whether any bucket of the row was announced."""
 
+    def begin(self) -> None:
+        """An exchange begins to which nothing was announced yet."""
+        self._is_spoiled = self.has_announced = False
+
     def open(self, is_last: bool) -> list[int]:
         """Begin a row; returns the parameters that will receive no gradient, if they are as last time."""
-        # What was announced and not used is thrown away here.
-        self._is_spoiled = self._is_open and (self._is_spoiled or self.has_announced)
-        self._is_open, self.has_announced = True, False
+        # What was announced to this exchange is thrown away here.
+        self._is_spoiled |= self.has_announced
+        self.has_announced = False
         self._counts = [0] * len(self._buckets_of)
         self._versions = {}
         self._is_last = is_last
@@ -207,6 +214,6 @@ class Announcements:
                 if announced.intersection(buckets):
                     holds &= self._counts[index] == self._expected[index]
         if self._is_last:
-            self._expected = self._counts
-        self._is_open = False
+            self._expected = list(self._counts)
+        self._is_spoiled |= not holds
         return holds
