@@ -76,7 +76,9 @@ class Pipeline:
     def begin(self, assignment: Assignment) -> bool:
         """Make ready for an iteration's announcements; returns whether none was made yet."""
         if self._job is not None:
-            return False
+            if self._job.assignment == assignment:
+                return False
+            self.collect(self._job.assignment)  # an exception ended that iteration on all ranks; its rows are of no use
         if self._published:
             self.wait([self.order[-1].index])  # the first to be published: rows may be written from then on
         world = self.exchange.world
