@@ -157,20 +157,24 @@ class Synchronizer:
     def _update(self, update: ShardOptimizer, weight: float) -> None:
         """Phase 3, with publishing begun: bucket by bucket, and in each slice by slice."""
         self.route.begin_publishing()
-        if update.goes_by_slices:
-            for bucket in reversed(self.route.order):
-                first, last = self._slices_in(bucket)
-                for index in range(first, last):
+        try:
+            if update.goes_by_slices:
+                self._update_by_slices(update, weight)
+            else:
+                for index in range(len(self.slices)):
                     self._mean(index, weight)
-                    update.step(index, index + 1)
-                self.route.publish(bucket)
+                update.step(0, len(self.slices))
+        finally:  # also what an exception of the optimizer's has left: who catches it may go on, or close
             self.times.lap("update")
-            return
-        for index in range(len(self.slices)):
-            self._mean(index, weight)
-        update.step(0, len(self.slices))
-        self.times.lap("update")
+            for bucket in reversed(self.route.order):
+                self.route.publish(bucket)
+
+    def _update_by_slices(self, update: ShardOptimizer, weight: float) -> None:
         for bucket in reversed(self.route.order):
+            first, last = self._slices_in(bucket)
+            for index in range(first, last):
+                self._mean(index, weight)
+                update.step(index, index + 1)
             self.route.publish(bucket)
 
     def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
