@@ -41,8 +41,9 @@ class Direct:
         self._counters = counters
         self._plan: RowPlan | None = None
 
-    def begin(self, assignment: Assignment) -> None:
-        """Nothing is announced here."""
+    def begin(self, assignment: Assignment) -> bool:
+        """Nothing is announced here, so every iteration is new."""
+        return True
 
     def announce(self, index: int) -> None:
         """Nothing is announced here."""

@@ -169,10 +169,14 @@ class ParameterManager:
         A rank runs its partitions in ascending order.
         """
         start, stop = assignment.range_of(self.world.rank)
-        self._sync.route.begin(assignment)
+        self._begin(assignment)
         slot = len(tree.cover(assignment.num_partitions, start, partition))
         self._rows.open(slot, is_last=partition == stop - 1)
         self._buffers.reset()
+
+    def _begin(self, assignment: Assignment) -> None:
+        if self._sync.route.begin(assignment):
+            self._rows.begin()
 
     def end_partition(
         self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
@@ -253,7 +257,7 @@ class ParameterManager:
         flags |= 0 if holds else fields.TOO_EARLY
         self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
         table = self.synchronize(self.assignment, wait=wait)
-        self._sync.route.begin(self.assignment)
+        self._begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
         return float(table[:, fields.WEIGHT].sum())
@@ -350,8 +354,7 @@ class ParameterManager:
         if self.world.rank == 0:
             self.model.load_state_dict(state_dict)
         self._place_model(with_caches=False)
-        self._rows.release()
-        self._rows = self._make_rows()
+        self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in torch's own format, on rank 0; {} on the others. Collective."""

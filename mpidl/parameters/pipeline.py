@@ -84,10 +84,12 @@ class Pipeline:
 
     # --- reduce -----------------------------------------------------------------------------------------------
 
-    def begin(self, assignment: Assignment) -> None:
-        """Make ready for an iteration's announcements."""
+    def begin(self, assignment: Assignment) -> bool:
+        """Make ready for an iteration's announcements; returns whether none was made yet."""
         if self._job is not None:
-            return
+            if self._job.assignment == assignment:
+                return False
+            self.collect(self._job.assignment)  # an exception ended that iteration on all ranks; its rows are of no use
         if self._published:
             self.wait([self.order[-1].index])  # the first to be published: rows may be written from then on
         world = self.exchange.world
@@ -96,6 +98,7 @@ class Pipeline:
         self._ready = {bucket.index: Flag() for bucket in self.buckets}
         self._reduced = Flag()
         self._driver.add(*self._two_stage(self.order, self._start_reduction, self._end_reduction, self._reduced))
+        return True
 
     def announce(self, index: int) -> None:
         """Say that a bucket of this rank's rows is complete; the last bucket waits for `collect`."""

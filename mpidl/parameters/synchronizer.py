@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,16 +196,15 @@ class Synchronizer:
 
     def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
         """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
-        self.route.begin_publishing()
-        if not self.slices:
-            update.step(0, 0)  # torch's schedulers want to see a step
-        for bucket in reversed(self.route.order):
-            first, last = self._slices_in(bucket)
-            for index in range(first, last):
-                self._mean(index, weight)
-                update.step(index, index + 1)
-            self.route.publish(bucket)
-        self.times.lap("update")
+        with self._publishing() as publish:
+            if not self.slices:
+                update.step(0, 0)  # torch's schedulers want to see a step
+            for bucket in reversed(self.route.order):
+                first, last = self._slices_in(bucket)
+                for index in range(first, last):
+                    self._mean(index, weight)
+                    update.step(index, index + 1)
+                publish(bucket)
 
     def _clipped_mean(self, weight: float) -> float:
         """The mean over the whole shard; returns the factor by which clipping shortens it."""
@@ -224,14 +223,25 @@ class Synchronizer:
 
     def _update(self, update: ShardOptimizer, factor: float) -> None:
         """Phase 3 where something needs the whole gradient first."""
+        with self._publishing():
+            if factor != 1.0:
+                for each in self.slices:
+                    self.route.own_gradient(each)[:] *= np.float32(factor)
+            update.step(0, len(self.slices))
+
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[Callable[[Bucket], None]]:
+        """Publish all buckets at the block's end, but for those that were published inside.
+
+        Also what an exception of the optimizer's has left: who catches it may go on, or close.
+        """
         self.route.begin_publishing()
-        if factor != 1.0:
-            for each in self.slices:
-                self.route.own_gradient(each)[:] *= np.float32(factor)
-        update.step(0, len(self.slices))
-        self.times.lap("update")
-        for bucket in reversed(self.route.order):
-            self.route.publish(bucket)
+        try:
+            yield self.route.publish
+        finally:
+            self.times.lap("update")
+            for bucket in reversed(self.route.order):
+                self.route.publish(bucket)
 
     def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
         inside = [i for i, each in enumerate(self.slices) if bucket.span[0] <= each.start < bucket.span[1]]
