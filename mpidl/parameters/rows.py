@@ -152,6 +152,7 @@ class Announcements:
         self._counts = [0] * len(spans)
         self._versions: dict[int, int] = {}
         self._missing: list[int] = []
+        self._without: list[int] = []
         self._is_last = False
         self._is_spoiled = False
         self.has_announced = False
@@ -169,6 +170,7 @@ class Announcements:
         self._counts = [0] * len(self._buckets_of)
         self._versions = {}
         self._is_last = is_last
+        self._without = []
         if not is_last or self._expected is None:
             self._missing = []
             return []
@@ -176,6 +178,8 @@ class Announcements:
         for count, buckets in zip(self._expected, self._buckets_of, strict=True):
             for bucket in buckets:
                 self._missing[bucket] += count > 0
+        # Announced with the first of the others: nothing has to be told again if the row is thrown away before.
+        self._without = [bucket for bucket, missing in enumerate(self._missing) if missing == 0]
         return [index for index, count in enumerate(self._expected) if count == 0]
 
     def is_zero(self, index: int) -> bool:
@@ -190,11 +194,14 @@ class Announcements:
         self._versions[index] = view._version
         if not self._missing or self._expected is None or self._counts[index] != self._expected[index]:
             return
+        complete, self._without = self._without, []
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
             if self._missing[bucket] == 0:
-                self.has_announced = True
-                self._announce(bucket)
+                complete.append(bucket)
+        for bucket in complete:
+            self.has_announced = True
+            self._announce(bucket)
 
     def replace(self, index: int) -> None:
         """A parameter's view was written by the user's own gradient."""

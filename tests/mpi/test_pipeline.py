@@ -266,7 +266,7 @@ class Case:
 CASES = {
     "plain": Case(Chain, once, all_early=True),
     "frozen": Case(Frozen, once, all_early=True),
-    "unused": Case(Chain, without_some),
+    "unused": Case(Chain, without_some, all_early=True),
     "tied": Case(Tied, once, all_early=True),
     "now and then": Case(Chain, now_and_then),
     "another order": Case(Chain, in_another_order),

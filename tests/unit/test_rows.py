@@ -133,6 +133,20 @@ def test_a_change_before_the_last_gradient_holds() -> None:
     assert watched.announcements.close(watched.views)
 
 
+def test_a_bucket_without_any_gradient_is_announced_with_the_first_of_the_others() -> None:
+    watched = Watched()
+    watched.row([0])
+    watched.begin()
+    assert watched.announced == []  # it may be thrown away still
+    watched.add(0)
+    assert watched.announced == [1, 2, 0]
+    assert watched.announcements.close(watched.views)
+    assert not watched.row([0, 3])
+    watched.row([1])
+    assert watched.row([1])
+    assert watched.announced == [2, 0, 1]
+
+
 def test_a_gradient_that_is_changed_every_time_is_waited_for() -> None:
     watched = Watched()
     told = []
