@@ -153,6 +153,7 @@ class Announcements:
         self._versions: dict[int, int] = {}
         self._missing: list[int] = []
         self._without: list[int] = []
+        self._num_openings = self._expected_openings = 0
         self._is_last = False
         self._is_spoiled = False
         self.has_announced = False
@@ -161,6 +162,7 @@ class Announcements:
     def begin(self) -> None:
         """An exchange begins to which nothing was announced yet."""
         self._is_spoiled = self.has_announced = False
+        self._num_openings = 0
 
     def open(self, is_last: bool) -> list[int]:
         """Begin a row; returns the parameters that will receive no gradient, if they are as last time."""
@@ -171,7 +173,9 @@ class Announcements:
         self._versions = {}
         self._is_last = is_last
         self._without = []
-        if not is_last or self._expected is None:
+        self._num_openings += is_last
+        # Where rows are thrown away in every iteration (one loss's gradients reach another's model), so is this one.
+        if not is_last or self._expected is None or self._num_openings != self._expected_openings:
             self._missing = []
             return []
         self._missing = [0] * self._num_buckets
@@ -221,6 +225,6 @@ class Announcements:
                 if announced.intersection(buckets):
                     holds &= self._counts[index] == self._expected[index]
         if self._is_last:
-            self._expected = list(self._counts)
+            self._expected, self._expected_openings = list(self._counts), self._num_openings
         self._is_spoiled |= not holds
         return holds
