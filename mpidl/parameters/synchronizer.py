@@ -18,7 +18,9 @@ the abort hook ends them.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -36,7 +38,7 @@ from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.direct import Direct, mean_of_node
 from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.layout import FlatLayout, Shards, Slice
+from mpidl.parameters.layout import FlatLayout, Piece, Shards
 from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.reduction import REDUCTIONS, Job, Lanes, ordered
 from mpidl.parameters.timing import PhaseTimes
@@ -244,14 +246,17 @@ class Synchronizer:
                 self.route.publish(bucket)
 
     def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
-        inside = [i for i, each in enumerate(self.slices) if bucket.span[0] <= each.start < bucket.span[1]]
-        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+        """The slices [first, last) of this rank's shard that a bucket has."""
+        first, last = (bisect.bisect_left(self.slices, cut, key=lambda each: each.start) for cut in bucket.span)
+        return first, last
 
     def _mean(self, index: int, weight: float) -> None:
         each = self.slices[index]
+        blocks = _blocks_of((each.start, each.stop))
+        squares = self.squares[blocks.start : blocks.stop]
         self.times.lap("update")
-        self.route.mean(each, weight, self.squares[_blocks(each)])
-        self._clipping.clip_values(self.route.own_gradient(each), self.squares[_blocks(each)])
+        self.route.mean(each, weight, squares)
+        self._clipping.clip_values(self.route.own_gradient(each), squares)
         self.times.lap("local_sum")
 
     def _share_squares(self) -> None:
@@ -259,15 +264,17 @@ class Synchronizer:
         world = self.world
         if world.num_nodes == 1 or self.gradients.shards.is_replicated:
             return
-        blocks = [[_blocks(each) for each in self.gradients.shards.slices(r, SLICE_SIZE)] for r in range(world.size)]
-        own = np.concatenate([np.empty(0), *(self.squares[each] for each in blocks[world.rank])])
-        counts = [sum(each.stop - each.start for each in of_rank) for of_rank in blocks]
-        gathered = world.allgather_varying(own, counts)
+        gathered = world.allgather_varying(self.squares[self._blocks[world.rank]], [of.size for of in self._blocks])
         if world.local_rank == 0:
-            position = 0
-            for each in (each for of_rank in blocks for each in of_rank):
-                self.squares[each] = gathered[position : position + each.stop - each.start]
-                position += each.stop - each.start
+            self.squares[np.concatenate(self._blocks)] = gathered
+
+    @functools.cached_property
+    def _blocks(self) -> list[NDArray[np.int64]]:
+        """The blocks of each rank's shard."""
+        return [
+            np.array([block for run in self.gradients.shards.runs(rank) for block in _blocks_of(run)], dtype=np.int64)
+            for rank in range(self.world.size)
+        ]
 
     def _exchange_buffers(self, assignment: Assignment, weight: float) -> None:
         """Phases 2 to 4 for the changes of buffers, whose mean is the result itself."""
@@ -303,8 +310,8 @@ def _shards(world: World, size: int, reduction: str) -> Shards:
     return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
 
 
-def _blocks(each: Slice) -> slice:
-    return slice(each.start // kernels.BLOCK_SIZE, -(-each.stop // kernels.BLOCK_SIZE))
+def _blocks_of(run: Piece) -> range:
+    return range(run[0] // kernels.BLOCK_SIZE, -(-run[1] // kernels.BLOCK_SIZE))
 
 
 def _check_table(table: NDArray[np.float64]) -> None:
