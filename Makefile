@@ -13,6 +13,8 @@ TORCH_INDEX ?=
 JOB ?= jobs/digits.toml
 RANKS ?= 4
 ARGS ?=
+# How many ranks measure.
+BENCH_RANKS ?= 2
 # Options for pytest, and a folder for its JUnit files.
 PYTEST_ARGS ?=
 REPORTS ?=
@@ -46,7 +48,7 @@ endif
 pytest = timeout -k 30 $(TEST_TIMEOUT) $(2) $(BIN)/python -m pytest $(PYTEST_ARGS) $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-1 check format data clean
+.PHONY: help setup train test test-1 bench check format data clean
 
 help:  ## Show the targets.
 	@sed -n 's/^\([a-z1-9N-]*\):.*  ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -82,6 +84,11 @@ test-1: setup
 
 test-%: setup  ## Run the tests on N ranks; test-1 runs those that launch jobs too.
 	$(call pytest,test-$*,$(MPIRUN) -n $*)
+
+bench: setup  ## Measure mpidl beside its peers on BENCH_RANKS=2 ranks, in small; more flags in ARGS=...
+	$(MPIRUN) -n 1 $(BIN)/mpidl bench kernels --millions 10 --repeats 7 $(ARGS)
+	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench sync --repeats 7 $(ARGS)
+	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench step --batch 16 --iterations 2 --repeats 5 $(ARGS)
 
 check: setup  ## Lint, format, types, layers, spelling.
 	$(BIN)/ruff check

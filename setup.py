@@ -7,6 +7,7 @@ from setuptools import setup
 setup(
     packages=[
         "mpidl",
+        "mpidl.bench",
         "mpidl.checkpoint",
         "mpidl.data",
         "mpidl.kernels",

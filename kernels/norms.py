@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpidl.kernels._jit import float64, kernel
-from mpidl.kernels.summation import LANES, _total, _view
+from mpidl.kernels.summation import CHUNK_SIZE, _total, _view
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,11 +22,11 @@ def segment_squares(values: NDArray[np.float32], cuts: NDArray[np.int64], square
         cuts: int64, (num_segments + 1,), ascending, none past num_elements: segment i is values[cuts[i] : cuts[i + 1]].
         squares: float64, (num_segments,); overwritten.
     """
-    lanes = np.empty(LANES, np.float64)
+    lanes = np.empty(CHUNK_SIZE, np.float64)
     for segment in range(squares.shape[0]):
         lanes[:] = 0.0
-        for first in range(cuts[segment], cuts[segment + 1], LANES):
-            chunk = _view(values.ctypes.data + first * 4, min(LANES, cuts[segment + 1] - first))
+        for first in range(cuts[segment], cuts[segment + 1], CHUNK_SIZE):
+            chunk = _view(values.ctypes.data + first * 4, min(CHUNK_SIZE, cuts[segment + 1] - first))
             for i in range(chunk.shape[0]):
                 lanes[i] += float64(chunk[i]) * float64(chunk[i])
         squares[segment] = _total(lanes)

@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 4096
 """Elements in one block: the unit of square sums and of shard cuts."""
 
-CHUNK_SIZE = 1024
-"""Elements that all steps are applied to before the next ones are read."""
-
-LANES = 256
-"""Running sums of squares: a multiple of any vector's width, and few enough to stay in the first cache."""
+CHUNK_SIZE = 256
+"""Elements that all steps are applied to before the next ones are read; as many running sums of squares."""
 
 KINDS = {1: "a", 2: "a + b", 3: "(a + b) + c", 5: "a + (b + c)", 4: "(a + b) + (c + d)", 8: "eight operands in pairs"}
 """What a step computes, by its kind."""
@@ -49,66 +46,73 @@ def _address(rows: Any, scratch: int, index: int, first: int) -> Any:
     return scratch + (index - rows.shape[0]) * CHUNK_SIZE * 4
 
 
-@inlined
-def _apply(rows: Any, steps: Any, k: int, scratch: int, first: int, size: int, out: Any) -> None:
-    """One step on one chunk. The pairs are added as the tree has them."""
-    kind = steps[k, 0]
-    a = _view(_address(rows, scratch, steps[k, 2], first), size)
-    if kind == 1:
+def _make_apply(divides: bool) -> Any:
+    """A step on one chunk: the sum of its operands; or that divided, with each quotient's square added to its lane."""
+
+    @inlined
+    def finish(total: Any, divisor: Any, squares: Any, i: int) -> Any:
+        if not divides:
+            return total
+        quotient = total / divisor
+        # Numba's float() of a float32 is a float32: the products would be rounded, and overflow from 1.8e19 on.
+        squares[i] += float64(quotient) * float64(quotient)
+        return quotient
+
+    @inlined
+    def apply(
+        rows: Any, steps: Any, k: int, scratch: int, first: int, size: int, out: Any, divisor: Any, squares: Any
+    ) -> None:
+        kind = steps[k, 0]
+        a = _view(_address(rows, scratch, steps[k, 2], first), size)
+        if kind == 1:
+            for i in range(size):
+                out[i] = finish(a[i], divisor, squares, i)
+            return
+        b = _view(_address(rows, scratch, steps[k, 3], first), size)
+        if kind == 2:
+            for i in range(size):
+                out[i] = finish(a[i] + b[i], divisor, squares, i)
+            return
+        c = _view(_address(rows, scratch, steps[k, 4], first), size)
+        if kind == 3:
+            for i in range(size):
+                out[i] = finish((a[i] + b[i]) + c[i], divisor, squares, i)
+            return
+        if kind == 5:
+            for i in range(size):
+                out[i] = finish(a[i] + (b[i] + c[i]), divisor, squares, i)
+            return
+        d = _view(_address(rows, scratch, steps[k, 5], first), size)
+        if kind == 4:
+            for i in range(size):
+                out[i] = finish((a[i] + b[i]) + (c[i] + d[i]), divisor, squares, i)
+            return
+        e = _view(_address(rows, scratch, steps[k, 6], first), size)
+        f = _view(_address(rows, scratch, steps[k, 7], first), size)
+        g = _view(_address(rows, scratch, steps[k, 8], first), size)
+        h = _view(_address(rows, scratch, steps[k, 9], first), size)
         for i in range(size):
-            out[i] = a[i]
-        return
-    b = _view(_address(rows, scratch, steps[k, 3], first), size)
-    if kind == 2:
-        for i in range(size):
-            out[i] = a[i] + b[i]
-        return
-    c = _view(_address(rows, scratch, steps[k, 4], first), size)
-    if kind == 3:
-        for i in range(size):
-            out[i] = (a[i] + b[i]) + c[i]
-        return
-    if kind == 5:
-        for i in range(size):
-            out[i] = a[i] + (b[i] + c[i])
-        return
-    d = _view(_address(rows, scratch, steps[k, 5], first), size)
-    if kind == 4:
-        for i in range(size):
-            out[i] = (a[i] + b[i]) + (c[i] + d[i])
-        return
-    e = _view(_address(rows, scratch, steps[k, 6], first), size)
-    f = _view(_address(rows, scratch, steps[k, 7], first), size)
-    g = _view(_address(rows, scratch, steps[k, 8], first), size)
-    h = _view(_address(rows, scratch, steps[k, 9], first), size)
-    for i in range(size):
-        out[i] = ((a[i] + b[i]) + (c[i] + d[i])) + ((e[i] + f[i]) + (g[i] + h[i]))
+            total = ((a[i] + b[i]) + (c[i] + d[i])) + ((e[i] + f[i]) + (g[i] + h[i]))
+            out[i] = finish(total, divisor, squares, i)
+
+    return apply
+
+
+_add = _make_apply(divides=False)
+_add_and_divide = _make_apply(divides=True)
 
 
 @inlined
-def _add_chunk(rows: Any, steps: Any, scratch: int, first: int, size: int, out: Any) -> None:
-    last = steps.shape[0] - 1
-    for k in range(last):
-        _apply(rows, steps, k, scratch, first, size, _view(_address(rows, scratch, steps[k, 1], 0), size))
-    _apply(rows, steps, last, scratch, first, size, out)
-
-
-@inlined
-def _divide_chunk(address: Any, size: int, divisor: Any, lanes: Any) -> None:
-    """Divide in place, and add each quotient's square to its lane."""
-    for first in range(0, size, LANES):
-        values = _view(address + first * 4, min(LANES, size - first))
-        for i in range(values.shape[0]):
-            quotient = values[i] / divisor
-            values[i] = quotient
-            # Numba's float() of a float32 is a float32: the products would be rounded, and overflow from 1.8e19 on.
-            lanes[i] += float64(quotient) * float64(quotient)
+def _add_all_but_last(rows: Any, steps: Any, scratch: int, first: int, size: int, lanes: Any) -> None:
+    for k in range(steps.shape[0] - 1):
+        into = _view(_address(rows, scratch, steps[k, 1], 0), size)
+        _add(rows, steps, k, scratch, first, size, into, 1, lanes)
 
 
 @inlined
 def _total(lanes: Any) -> Any:
     """Add the lanes by halves."""
-    half = LANES // 2
+    half = CHUNK_SIZE // 2
     while half > 0:
         for i in range(half):
             lanes[i] += lanes[half + i]
@@ -129,9 +133,13 @@ def add_rows(rows: NDArray[np.int64], steps: NDArray[np.int64], out: NDArray[np.
     """
     num_elements = out.shape[0]
     scratch = np.empty(steps.shape[0] * CHUNK_SIZE, np.float32)
+    lanes = np.empty(0, np.float64)
+    last = steps.shape[0] - 1
     for first in range(0, num_elements, CHUNK_SIZE):
         size = min(CHUNK_SIZE, num_elements - first)
-        _add_chunk(rows, steps, scratch.ctypes.data, first, size, _view(out.ctypes.data + first * 4, size))
+        _add_all_but_last(rows, steps, scratch.ctypes.data, first, size, lanes)
+        into = _view(out.ctypes.data + first * 4, size)
+        _add(rows, steps, last, scratch.ctypes.data, first, size, into, 1, lanes)
 
 
 @kernel("void(int64[::1], int64[:, ::1], float32, float32[::1], float64[::1])")
@@ -154,15 +162,16 @@ def mean_rows(
     """
     num_elements = out.shape[0]
     scratch = np.empty(steps.shape[0] * CHUNK_SIZE, np.float32)
-    lanes = np.empty(LANES, np.float64)
+    lanes = np.empty(CHUNK_SIZE, np.float64)
+    last = steps.shape[0] - 1
     for block in range(squares.shape[0]):
         lanes[:] = 0.0
         stop = min((block + 1) * BLOCK_SIZE, num_elements)
         for first in range(block * BLOCK_SIZE, stop, CHUNK_SIZE):
             size = min(CHUNK_SIZE, stop - first)
-            address = out.ctypes.data + first * 4
-            _add_chunk(rows, steps, scratch.ctypes.data, first, size, _view(address, size))
-            _divide_chunk(address, size, divisor, lanes)
+            _add_all_but_last(rows, steps, scratch.ctypes.data, first, size, lanes)
+            into = _view(out.ctypes.data + first * 4, size)
+            _add_and_divide(rows, steps, last, scratch.ctypes.data, first, size, into, divisor, lanes)
         squares[block] = _total(lanes)
 
 
@@ -176,10 +185,14 @@ def divide(values: NDArray[np.float32], divisor: float, squares: NDArray[np.floa
         squares: as in `mean_rows`.
     """
     num_elements = values.shape[0]
-    lanes = np.empty(LANES, np.float64)
+    lanes = np.empty(CHUNK_SIZE, np.float64)
     for block in range(squares.shape[0]):
         lanes[:] = 0.0
         stop = min((block + 1) * BLOCK_SIZE, num_elements)
         for first in range(block * BLOCK_SIZE, stop, CHUNK_SIZE):
-            _divide_chunk(values.ctypes.data + first * 4, min(CHUNK_SIZE, stop - first), divisor, lanes)
+            part = _view(values.ctypes.data + first * 4, min(CHUNK_SIZE, stop - first))
+            for i in range(part.shape[0]):
+                quotient = part[i] / divisor
+                part[i] = quotient
+                lanes[i] += float64(quotient) * float64(quotient)
         squares[block] = _total(lanes)

@@ -1,4 +1,4 @@
-"""The command line: `mpidl train | evaluate | export | doctor`.
+"""The command line: `mpidl train | evaluate | export | bench | doctor`.
 
 Help and version need neither MPI nor torch; every command imports what it needs when it runs. Under `mpirun` all ranks
 parse the same arguments, and rank 0 alone prints.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mpidl import bench as benchmarks
 from mpidl import config as configuration
 from mpidl._version import __version__
 from mpidl.config import CONFIG_FILE, Config
@@ -64,7 +65,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = _parsers()
     parsed, unknown = parser.parse_known_args(arguments)
-    command = commands[parsed.command]
+    parsed.arguments = list(arguments)
+    command = commands[f"bench {parsed.bench}" if parsed.command == "bench" else parsed.command]
     if unknown:
         flags = [flag for action in command._actions for flag in action.option_strings]
         hint = configuration.near(unknown[0].split("=")[0], flags)
@@ -93,8 +95,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("--checkpoint", metavar="EPOCH", type=int, help="epoch of the checkpoint (default: newest)")
     export.add_argument("--output", metavar="FILE", help="file to write (default: weights.safetensors in RUN_DIR)")
 
+    bench = commands.add_parser("bench", help="measure ways side by side, and the limit", allow_abbrev=False)
+    benches = benchmarks.add_benches(bench)
+
     doctor = commands.add_parser("doctor", help="look at MPI, launcher, cores and memory", allow_abbrev=False)
-    return parser, {"train": train, "evaluate": evaluate, "export": export, "doctor": doctor}
+    return parser, {"train": train, "evaluate": evaluate, "export": export, "doctor": doctor, **benches}
 
 
 def _is_printing() -> bool:
@@ -235,4 +240,4 @@ def doctor(parsed: argparse.Namespace) -> int:
     return int(any(finding.level == "error" for finding in findings))
 
 
-_COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "doctor": doctor}
+_COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "bench": benchmarks.run, "doctor": doctor}

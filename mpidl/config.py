@@ -102,8 +102,10 @@ class Config:
     batch_size: int = setting(64, "samples of one iteration, over all ranks", minimum=1)
     partitions: int = setting(8, "pieces of every batch; the result depends on this, never on the ranks", minimum=1)
     group_size: int | Literal["auto"] = setting("auto", "iterations that one broadcast plans", minimum=1)
-    reduction: Literal["ordered", "mpi"] = setting(
-        "ordered", "gradient sum: in a fixed order (same bits everywhere), or the MPI library's own"
+    reduction: Literal["ordered", "mpi", "driver", "tree", "allreduce"] = setting(
+        "ordered",
+        "gradient sum: in a fixed order (same bits everywhere), or the MPI library's own; or what these are measured "
+        "against: all to rank 0, in a tree to rank 0, or to everyone with a whole optimizer each",
     )
     wire: Literal["float32", "bfloat16"] = setting(
         "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"

@@ -46,3 +46,7 @@ class NonFiniteLossError(MpidlError):
     """A partition's loss became NaN or infinite; every rank stops at the same iteration."""
 
     exit_code = 3
+
+
+class DisagreementError(MpidlError):
+    """Two ways of a benchmark do not give the same result."""

@@ -39,7 +39,7 @@ class Trainer:
             `mpidl.scheduling.Plateau`).
         param_groups: as torch's.
         seed: of the order of samples, of augmentation and of dropout.
-        reduction: "ordered" or "mpi".
+        reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.

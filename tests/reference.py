@@ -1,10 +1,16 @@
-"""The tree over partitions as the design page words it, to compare with."""
+"""The tree over partitions as the design page words it, and steps as the kernels' page words them, to compare with."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
+
+from mpidl.parameters.tree import RowSum
+
+Float32Array = npt.NDArray[np.float32]
 
 
 def split(start: int, stop: int) -> int:
@@ -15,17 +21,17 @@ def split(start: int, stop: int) -> int:
     return start + power
 
 
-def reference_sum(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def reference_sum(values: Float32Array) -> Float32Array:
     """The recursion over [0, len(values)), in float32."""
     if len(values) == 1:
-        first: npt.NDArray[np.float32] = values[0]
+        first: Float32Array = values[0]
         return first
     mid = split(0, len(values))
-    result: npt.NDArray[np.float32] = reference_sum(values[:mid]) + reference_sum(values[mid:])
+    result: Float32Array = reference_sum(values[:mid]) + reference_sum(values[mid:])
     return result
 
 
-def wide_values(num_partitions: int, seed: int) -> npt.NDArray[np.float32]:
+def wide_values(num_partitions: int, seed: int) -> Float32Array:
     """Values of many magnitudes and both signs, so that any other order of addition shows."""
     generator = np.random.default_rng(seed)
     shape = (num_partitions, 16)
@@ -36,3 +42,22 @@ def cuts_of(data: st.DataObject, stop: int, parts: int) -> list[int]:
     """Any cuts of [0, stop) into contiguous parts, empty ones included: parts + 1 numbers."""
     inner = data.draw(st.lists(st.integers(0, stop), min_size=parts - 1, max_size=parts - 1))
     return [0, *sorted(inner), stop]
+
+
+KINDS = {
+    1: lambda a: a,
+    2: lambda a, b: a + b,
+    3: lambda a, b, c: (a + b) + c,
+    4: lambda a, b, c, d: (a + b) + (c + d),
+    5: lambda a, b, c: a + (b + c),
+    8: lambda a, b, c, d, e, f, g, h: ((a + b) + (c + d)) + ((e + f) + (g + h)),
+}
+"""What a step of each kind computes of its operands."""
+
+
+def apply_steps(row_sum: RowSum, rows: Sequence[Float32Array]) -> Float32Array:
+    """Do what the steps of a sum say, in NumPy's float32."""
+    held = {operand: rows[row] for operand, row in enumerate(row_sum.rows)}
+    for kind, into, *operands in row_sum.steps:
+        held[into] = KINDS[kind](*(held[i] for i in operands))
+    return held[row_sum.steps[-1][1]]

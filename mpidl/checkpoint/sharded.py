@@ -128,7 +128,7 @@ def _write_shard(manager: ParameterManager, directory: pathlib.Path) -> dict[str
     """Write this rank's file; an empty entry when it holds nothing."""
     layout, runs, rank = manager.layout, manager.shard_runs, manager.world.rank
     unpadded = [layout.unpadded(run) for run in runs]
-    if all(start == stop for start, stop in unpadded):
+    if all(start == stop for start, stop in unpadded) or (manager.is_replicated and rank > 0):
         return {}
     weights = _shard_without_gaps(layout, manager.shard_weights(), runs)
     if not np.isfinite(weights).all():

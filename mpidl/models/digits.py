@@ -18,6 +18,8 @@ class DigitsCNN(nn.Module):
         ConfigError: an argument is out of its range.
     """
 
+    image_shape = (1, 8, 8)
+
     def __init__(self, *, num_classes: int = 10, dropout: float = 0.25) -> None:
         super().__init__()
         check_count("digits_cnn", "num_classes", num_classes)
@@ -50,6 +52,6 @@ class DigitsCNN(nn.Module):
         Raises:
             DataError: the images are of another shape or type.
         """
-        check_images("digits_cnn", images, (1, 8, 8))
+        check_images("digits_cnn", images, self.image_shape)
         logits: Tensor = self.classifier(self.features(images))
         return logits

@@ -18,6 +18,8 @@ class FashionCNN(nn.Module):
         ConfigError: an argument is out of its range.
     """
 
+    image_shape = (1, 28, 28)
+
     def __init__(self, *, num_classes: int = 10, dropout: float = 0.25) -> None:
         super().__init__()
         check_count("fashion_cnn", "num_classes", num_classes)
@@ -43,7 +45,7 @@ class FashionCNN(nn.Module):
         Raises:
             DataError: the images are of another shape or type.
         """
-        check_images("fashion_cnn", images, (1, 28, 28))
+        check_images("fashion_cnn", images, self.image_shape)
         logits: Tensor = self.classifier(self.features(images))
         return logits
 

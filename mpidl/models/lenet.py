@@ -29,7 +29,7 @@ class LeNet5(nn.Module):
         check_count("lenet5", "num_classes", num_classes)
         check_count("lenet5", "in_channels", in_channels)
         self.num_classes = num_classes
-        self.in_channels = in_channels
+        self.image_shape = (in_channels, 28, 28)
         self.features = nn.Sequential(
             # The padding makes 32x32, the size that LeNet-5 was built for, of 28x28.
             nn.Conv2d(in_channels, 6, 5, padding=2),  # (batch, 6, 28, 28)
@@ -60,6 +60,6 @@ class LeNet5(nn.Module):
         Raises:
             DataError: the images are of another shape or type.
         """
-        check_images("lenet5", images, (self.in_channels, 28, 28))
+        check_images("lenet5", images, self.image_shape)
         logits: Tensor = self.classifier(self.features(images))
         return logits

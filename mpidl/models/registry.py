@@ -13,12 +13,17 @@ from mpidl.errors import ConfigError
 from mpidl.imports import import_callable, near_names
 from mpidl.models.digits import DigitsCNN
 from mpidl.models.fashion import FashionCNN
+from mpidl.models.inception import InceptionV1
 from mpidl.models.lenet import LeNet5
+from mpidl.models.vgg import VGG13, VGG16
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": DigitsCNN,
     "fashion_cnn": FashionCNN,
+    "inception_v1": InceptionV1,
     "lenet5": LeNet5,
+    "vgg13_32": VGG13,
+    "vgg16_32": VGG16,
 }
 
 NAMES = tuple(_MODELS)

@@ -1,17 +1,18 @@
 """The parameter manager: one flat vector, summed in a fixed tree, updated in shards, kept once per node."""
 
-from mpidl.parameters.assignment import Assignment
+from mpidl.parameters.assignment import Addends, Assignment
 from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.manager import ParameterManager
-from mpidl.parameters.reduction import REDUCTIONS
+from mpidl.parameters.synchronizer import STRATEGIES
 from mpidl.parameters.timing import PHASES
 from mpidl.parameters.update import OptimizerFactory
 from mpidl.parameters.wire import WIRES
 
 __all__ = [
     "PHASES",
-    "REDUCTIONS",
+    "STRATEGIES",
     "WIRES",
+    "Addends",
     "Assignment",
     "FlatLayout",
     "OptimizerFactory",

@@ -55,6 +55,12 @@ class Addends:
     """(num_steps, 2 + kernels.MAX_OPERANDS)."""
 
     @classmethod
+    def of_all(cls, num_rows: int) -> Addends:
+        """As many rows as there are partitions."""
+        (whole,) = tree.sums(num_rows, [(row, row + 1) for row in range(num_rows)])
+        return cls.of(whole)
+
+    @classmethod
     def of(cls, row_sum: tree.RowSum) -> Addends:
         """With the steps as the kernels take them."""
         steps = np.zeros((len(row_sum.steps), 2 + kernels.MAX_OPERANDS), np.int64)

@@ -1,13 +1,13 @@
 """The exchange on one node: the ranks read each other's rows in shared memory, and nothing travels.
 
 One iteration: 1. *collect*: a node barrier says that all rows and counters are complete; 2. each rank adds up all rows
-of the node over its own shard, slice by slice, and updates it in the node's one copy of the weights; 3. *wait*: a node
+of the node over its own shard, slice by slice, and updates it in the node's one copy of the weights; 3. a node
 barrier says that all shards are updated. Nobody reads weights, and nobody writes rows, between the two barriers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +20,30 @@ from mpidl.parameters.layout import Slice
 
 
 class Direct:
-    """The exchange of one vector inside a node; what `Pipeline` is to several."""
+    """The exchange of one vector inside a node; what `Pipeline` is to several.
 
-    def __init__(self, exchange: Exchange, counters: Counters) -> None:
+    Args:
+        exchange: without sums.
+        counters: of the partitions.
+        slices: this rank's shard.
+        keeps_gradient: whether the gradient of the whole shard is wanted at once, instead of one slice's after another.
+    """
+
+    def __init__(self, exchange: Exchange, counters: Counters, slices: Sequence[Slice], keeps_gradient: bool) -> None:
         self.exchange = exchange
+        # Used again for slice after slice, it stays in cache, and no gradient is ever written to memory.
+        largest = max((each.size for each in slices), default=0)
+        size = sum(each.size for each in slices) if keeps_gradient else largest
+        self._gradient = np.zeros(size, np.float32)
+        self._keeps_gradient = keeps_gradient
         self.buckets = exchange.buckets(len(exchange.shards.cells))
         self.order = self.buckets
         self._counters = counters
         self._plan: RowPlan | None = None
-        self._is_updating = False
 
-    def begin(self, assignment: Assignment) -> None:
-        """Nothing is announced here."""
+    def begin(self, assignment: Assignment) -> bool:
+        """Nothing is announced here, so every iteration is new."""
+        return True
 
     def announce(self, index: int) -> None:
         """Nothing is announced here."""
@@ -47,7 +59,16 @@ class Direct:
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """The mean over a slice of this rank's shard; `squares` as `kernels.mean_rows` has it."""
         assert self._plan is not None, "collect comes first"
-        mean_of_node(self.exchange, self._plan, piece, divisor, squares)
+        mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self._gradient[piece.own] if self._keeps_gradient else self._gradient[: piece.size]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the summed gradient takes."""
+        return self._gradient.nbytes
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:
         """Where the optimizer updates a slice of this rank's shard."""
@@ -57,24 +78,29 @@ class Direct:
         """There are no others than the node's copy."""
 
     def begin_publishing(self) -> None:
-        """The updates of this iteration begin."""
-        self._is_updating = True
+        """Nothing is published here."""
 
     def publish(self, bucket: Bucket) -> None:
         """The update has written where everyone reads."""
 
+    def end_publishing(self) -> None:
+        """Nothing is under way."""
+
     def wait(self, indices: Iterable[int] | None = None) -> None:
-        """Return when all ranks have updated their shards. Collective once an iteration."""
-        if self._is_updating:
-            self._is_updating = False
-            self.exchange.world.node_barrier()
+        """The node barrier at the end of `Synchronizer.synchronize` is all there is to wait for."""
 
     def close(self) -> None:
         """Nothing is left to end."""
 
 
-def mean_of_node(exchange: Exchange, plan: RowPlan, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
-    """Add up the rows of the one node there is over a slice of this rank's shard, and divide, into its sum."""
+def mean_of_node(
+    exchange: Exchange,
+    plan: RowPlan,
+    piece: Slice,
+    divisor: float,
+    out: NDArray[np.float32],
+    squares: NDArray[np.float64],
+) -> None:
+    """Add up the rows of the one node there is over a slice of this rank's shard, and divide, into `out`."""
     addresses = exchange.addresses([plan.local[i] for i in plan.total.rows], piece.start)
-    out = exchange.sum[piece.own]
     kernels.mean_rows(np.array(addresses, dtype=np.int64), plan.total.steps, divisor, out, squares)

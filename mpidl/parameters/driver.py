@@ -44,21 +44,32 @@ class Driver:
 
     def __init__(self) -> None:
         self._active: list[tuple[Course, Awaited]] = []
+        self._failure: BaseException | None = None
 
     def add(self, *courses: Course) -> None:
         """Begin courses; they are advanced in the order in which they were added."""
+        self._check()
         for course in courses:
             self._advance(course)
 
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def _advance(self, course: Course) -> None:
         """Go on as far as it gets; keep the course if it waits."""
-        for awaited in course:
-            if not awaited.is_over():
-                self._active.append((course, awaited))
-                return
+        try:
+            for awaited in course:
+                if not awaited.is_over():
+                    self._active.append((course, awaited))
+                    return
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def poll(self) -> bool:
         """Look at every course once; returns whether any moved."""
+        self._check()
         active, self._active = self._active, []
         moved = False
         for course, awaited in active:

@@ -42,19 +42,30 @@ class Bucket:
 
 
 class Exchange:
-    """Rows, sums and result of one flat vector of `size` float32. Construction is collective."""
+    """Rows, sums and result of one flat vector of `size` float32. Construction is collective.
 
-    def __init__(self, world: World, size: int, num_slots: int, *, num_cells: int | None = 1) -> None:
+    Args:
+        world: all ranks.
+        size: elements of the vector.
+        num_slots: rows of this rank.
+        shards: who owns what; default: one contiguous piece for every rank.
+        with_sums: whether there is memory for the sums.
+    """
+
+    def __init__(
+        self, world: World, size: int, num_slots: int, shards: Shards | None = None, *, with_sums: bool = True
+    ) -> None:
         self.world = world
         self.size = size
         self.num_slots = num_slots
         self._pieces: dict[tuple[Bucket, int], list[Slice]] = {}
-        self.shards = Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=num_cells)
+        self.shards = shards or Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1)
         self._segments = [segment.view(np.float32) for segment in share(world, 4 * size * num_slots)]
         own = self._segments[world.local_rank]
         self.rows: list[Float32Array] = [own[slot * size : (slot + 1) * size] for slot in range(num_slots)]
         """This rank's rows, float32, (size,) each."""
-        self.sums = [segment.view(np.float32) for segment in share(world, 4 * self.shards.size_of(world.rank))]
+        sum_size = self.shards.size_of(world.rank) if with_sums else 0
+        self.sums = [segment.view(np.float32) for segment in share(world, 4 * sum_size)]
         """The sums over the shards of this node's ranks, by local rank, float32, (shard size,)."""
         self.result: Float32Array = share(world, 4 * size if world.local_rank == 0 else 0)[0].view(np.float32)
         """The node's one copy, float32, (size,)."""

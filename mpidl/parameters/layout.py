@@ -147,6 +147,11 @@ class Shards:
         ]
         return cls(cells, tuple(zip(*dealt, strict=True)))
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank owns everything, instead of a part."""
+        return len(self.pieces) > 1 and all(pieces == self.cells for pieces in self.pieces) and self.cells[-1][1] > 0
+
     def size_of(self, rank: int) -> int:
         """Elements of a rank's shard."""
         return sum(stop - start for start, stop in self.pieces[rank])

@@ -7,8 +7,9 @@ node-shared memory. Persistent buffers stay each rank's own (`buffers.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mpidl.errors import LayoutError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
+from mpidl.parameters.baselines import BASELINES
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.gate import Gate
@@ -32,12 +34,12 @@ from mpidl.parameters.model import (
     trainable_parameters,
 )
 from mpidl.parameters.norms import use_norms_over_shards
-from mpidl.parameters.reduction import REDUCTIONS, Reduction
+from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
-from mpidl.parameters.synchronizer import Synchronizer
-from mpidl.parameters.update import OptimizerFactory, ShardOptimizer
-from mpidl.parameters.wire import WIRES, Wire
+from mpidl.parameters.synchronizer import STRATEGIES, Synchronizer
+from mpidl.parameters.update import OptimizerFactory, ShardOptimizer, goes_by_slices
+from mpidl.parameters.wire import WIRES
 from mpidl.runtime import SharedMemoryError, World, init, warn
 
 
@@ -55,7 +57,9 @@ class ParameterManager:
         model: parameters float32, on the CPU; frozen ones (`requires_grad=False`) are left alone, tied ones are one.
         optimizer: callable from param groups to an element-wise `torch.optim.Optimizer`, for example
             `functools.partial(torch.optim.AdamW, lr=1e-3)`, or to a layer-wise one, `mpidl.Lars` or `mpidl.Lamb`.
-        reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes).
+        reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes); or one of what
+            they are measured against: "driver" (rank 0 adds and updates), "tree" (the same over several levels) and
+            "allreduce" (every rank has the whole optimizer). These three share no memory.
         wire: what travels between nodes: "float32", or "bfloat16" (half the bytes; sums and the owner's weights stay
             float32).
         clip_norm: bound of the mean gradient's L2 norm over all parameters, as torch's `clip_grad_norm_` has it.
@@ -83,11 +87,13 @@ class ParameterManager:
         assignment: Assignment | None = None,
     ) -> None:
         self.world = init() if world is None else world
+        if reduction in BASELINES:
+            self.world = self.world.without_shared_memory()
         self.model = model
         self.assignment = assignment or Assignment.even(self.world.size, self.world.size)
         with self.world.agreed("checking the model"):
-            if reduction not in REDUCTIONS:
-                raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+            if reduction not in STRATEGIES:
+                raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(STRATEGIES)}")
             if wire not in WIRES:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
             clipping = Clipping(clip_norm, clip_value)
@@ -99,22 +105,33 @@ class ParameterManager:
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
         self._buffers = ModelBuffers(model)
-        self._sync = self._allocate(REDUCTIONS[reduction], WIRES[wire], clipping)
+        make = functools.partial(
+            Synchronizer,
+            layout=self.layout,
+            buffers=self._buffers,
+            assignment=self.assignment,
+            reduction=reduction,
+            wire=WIRES[wire],
+            clipping=clipping,
+            by_slices=goes_by_slices(optimizer),
+        )
+        self._sync = self._allocate(make)
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
         own_weights = [self._sync.route.own_weights(each) for each in self._sync.slices]
+        own_gradients = [self._sync.route.own_gradient(each) for each in self._sync.slices]
         with self.world.agreed("making the optimizer"):
             self._update = ShardOptimizer(
-                optimizer, self._groups, self.layout, own_weights, self._sync.gradients.sum, self._sync.slices
+                optimizer, self._groups, self.layout, own_weights, own_gradients, self._sync.slices
             )
             use_norms_over_shards(self._update, self.world, self.layout, self._sync.gradients.shards)
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 
-    def _allocate(self, reduction: Reduction, wire: Wire, clipping: Clipping) -> Synchronizer:
+    def _allocate(self, make: Callable[[World], Synchronizer]) -> Synchronizer:
         try:
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
+            return make(self.world)
         except SharedMemoryError as error:
             copies = 4 * self.layout.size * (self.world.local_size - 1)
             warn(
@@ -123,7 +140,7 @@ class ParameterManager:
                 "/dev/shm (in containers: --shm-size)"
             )
             self.world = self.world.without_shared_memory()
-            return Synchronizer(self.world, self.layout, self._buffers, self.assignment, reduction, wire, clipping)
+            return make(self.world)
 
     def _place_model(self, *, with_caches: bool) -> None:
         """Let the model live in the node's weights."""
@@ -141,9 +158,9 @@ class ParameterManager:
 
     def _make_gate(self) -> Gate | None:
         """Where weights come from other nodes, let modules wait for their own."""
-        if self.world.num_nodes == 1:
-            return None
         route = self._sync.route
+        if not isinstance(route, Pipeline):
+            return None
         return Gate(self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], route.wait)
 
     # --- partitions -----------------------------------------------------------------------------------------------
@@ -154,10 +171,14 @@ class ParameterManager:
         A rank runs its partitions in ascending order.
         """
         start, stop = assignment.range_of(self.world.rank)
-        self._sync.route.begin(assignment)
+        self._begin(assignment)
         slot = len(tree.cover(assignment.num_partitions, start, partition))
         self._rows.open(slot, is_last=partition == stop - 1)
         self._buffers.reset()
+
+    def _begin(self, assignment: Assignment) -> None:
+        if self._sync.route.begin(assignment):
+            self._rows.begin()
 
     def end_partition(
         self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
@@ -238,7 +259,7 @@ class ParameterManager:
         flags |= 0 if holds else fields.TOO_EARLY
         self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
         table = self.synchronize(self.assignment, wait=wait)
-        self._sync.route.begin(self.assignment)
+        self._begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
         return float(table[:, fields.WEIGHT].sum())
@@ -283,8 +304,16 @@ class ParameterManager:
 
     @property
     def shard_runs(self) -> list[Piece]:
-        """This rank's shard: elements [start, stop) of the flat vector, ascending."""
+        """This rank's shard: elements [start, stop) of the flat vector, ascending.
+
+        With the reduction "allreduce" every rank's is the whole vector.
+        """
         return self._sync.gradients.shards.runs(self.world.rank)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank's shard is the whole vector."""
+        return self._sync.gradients.shards.is_replicated
 
     @property
     def shard_optimizer(self) -> ShardOptimizer:
@@ -327,8 +356,7 @@ class ParameterManager:
         if self.world.rank == 0:
             self.model.load_state_dict(state_dict)
         self._place_model(with_caches=False)
-        self._rows.release()
-        self._rows = self._make_rows()
+        self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in torch's own format, on rank 0; {} on the others. Collective."""
@@ -347,8 +375,8 @@ class ParameterManager:
         return {
             "weights (one copy a node)": self.weights.nbytes,
             "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),
-            "summed gradient shard": self._sync.gradients.sum.nbytes,
-            "optimizer state, per element-wise tensor": self._sync.gradients.sum.nbytes,
+            "summed gradient": self._sync.route.gradient_bytes,
+            "optimizer state, per element-wise tensor": 4 * self._update.shard_size,
         }
 
     def close(self) -> None:

@@ -64,8 +64,10 @@ class Segments:
             np.cumsum([0, *(len(each) - 1 for each in cuts)], dtype=np.int64),
         )
 
-    def owners(self, shards: Shards, world_size: int) -> Int64Array:
-        """The rank in whose shard each segment lies, int64, (num_segments,)."""
+    def owners(self, shards: Shards, rank: int, world_size: int) -> Int64Array:
+        """Whose sums a rank takes for each segment, int64, (num_segments,): the owner's; its own, if all own all."""
+        if shards.is_replicated:
+            return np.full(self.starts.size, rank)
         runs = sorted((start, rank) for rank in range(world_size) for start, _ in shards.runs(rank))
         starts, ranks = np.array(runs, np.int64).reshape(-1, 2).T
         return ranks[np.searchsorted(starts, self.starts, side="right") - 1]
@@ -77,7 +79,7 @@ class Segments:
 
 
 class ShardNorms:
-    """The norms of whole tensors for one rank's optimizer. Each call is collective.
+    """The norms of whole tensors for one rank's optimizer. Each call is collective, unless every rank owns all.
 
     Args:
         world: all ranks.
@@ -89,8 +91,9 @@ class ShardNorms:
     def __init__(self, world: World, layout: FlatLayout, shards: Shards, pieces: Mapping[torch.Tensor, Piece]) -> None:
         self._world = world
         segments = Segments.of(layout)
-        owners = segments.owners(shards, world.size)
+        owners = segments.owners(shards, world.rank, world.size)
         self._counts = np.bincount(owners, minlength=world.size).tolist()
+        self._is_replicated = shards.is_replicated
         self._firsts = segments.firsts
         self._order = np.argsort(owners, kind="stable")
         """Where in the vector the segments are that come from rank 0, from rank 1, ..."""
@@ -108,9 +111,11 @@ class ShardNorms:
             kernels.segment_squares(_array(weights), place.cuts, own[0, place.own])
             kernels.segment_squares(_array(measured), place.cuts, own[1, place.own])
             tensors.append(place.tensor)
-        gathered = self._world.allgather_varying(own.T.reshape(-1), [2 * count for count in self._counts])
+        sums = own.T.reshape(-1)
+        if not self._is_replicated:
+            sums = self._world.allgather_varying(sums, [2 * count for count in self._counts])
         squares = np.empty((2, self._order.size))
-        squares[:, self._order] = gathered.reshape(-1, 2).T
+        squares[:, self._order] = sums.reshape(-1, 2).T
         norms = {tensor: self._norms_of(tensor, squares) for tensor in set(tensors)}
         return [norms[tensor] for tensor in tensors]
 

@@ -77,12 +77,19 @@ class Pipeline:
         self._updated: dict[int, Flag] = {}
         self._published: dict[int, Flag] = {}
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What the summed gradient takes, and the masters where there are any."""
+        return self.exchange.sum.nbytes + (0 if self.masters is None else self.masters.nbytes)
+
     # --- reduce -----------------------------------------------------------------------------------------------
 
-    def begin(self, assignment: Assignment) -> None:
-        """Make ready for an iteration's announcements."""
+    def begin(self, assignment: Assignment) -> bool:
+        """Make ready for an iteration's announcements; returns whether none was made yet."""
         if self._job is not None:
-            return
+            if self._job.assignment == assignment:
+                return False
+            self.collect(self._job.assignment)  # an exception ended that iteration on all ranks; its rows are of no use
         if self._published:
             self.wait([self.order[-1].index])  # the first to be published: rows may be written from then on
         world = self.exchange.world
@@ -91,6 +98,7 @@ class Pipeline:
         self._ready = {bucket.index: Flag() for bucket in self.buckets}
         self._reduced = Flag()
         self._driver.add(*self._two_stage(self.order, self._start_reduction, self._end_reduction, self._reduced))
+        return True
 
     def announce(self, index: int) -> None:
         """Say that a bucket of this rank's rows is complete; the last bucket waits for `collect`."""
@@ -130,7 +138,11 @@ class Pipeline:
 
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """Turn the sum over a slice of this rank's shard into the mean; `squares` as `kernels.mean_rows` has it."""
-        kernels.divide(self.exchange.sum[piece.own], divisor, squares)
+        kernels.divide(self.own_gradient(piece), divisor, squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self.exchange.sum[piece.own]
 
     # --- publish ----------------------------------------------------------------------------------------------
 
@@ -144,6 +156,9 @@ class Pipeline:
     def publish(self, bucket: Bucket) -> None:
         """Say that this rank's shard of a bucket's weights is updated."""
         self._updated[bucket.index].raise_flag()
+
+    def end_publishing(self) -> None:
+        """The driver goes on with it; see `wait`."""
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Return when the weights of these buckets (default: of all) are complete on this node."""

@@ -58,6 +58,10 @@ class GradientRows:
         self.is_last = False
         """Whether it is the iteration's last."""
 
+    def begin(self) -> None:
+        """An exchange begins to which nothing was announced yet; `open` comes next."""
+        self._announcements.begin()
+
     def open(self, slot: int, *, is_last: bool = False) -> None:
         """Let autograd write into a row, from nothing.
 
@@ -105,6 +109,7 @@ class GradientRows:
                 raise LayoutError(f"the gradient of {name} is sparse; use sparse=False in the embedding")
             elif gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient.detach())
+                self._announcements.replace(index)
         return self._announcements.close(views)
 
     @property
@@ -148,16 +153,19 @@ class Announcements:
         self._versions: dict[int, int] = {}
         self._missing: list[int] = []
         self._is_last = False
-        self._is_open = False
         self._is_spoiled = False
         self.has_announced = False
         """Whether any bucket of the row was announced."""
 
+    def begin(self) -> None:
+        """An exchange begins to which nothing was announced yet."""
+        self._is_spoiled = self.has_announced = False
+
     def open(self, is_last: bool) -> list[int]:
         """Begin a row; returns the parameters that will receive no gradient, if they are as last time."""
-        # What was announced and not used is thrown away here.
-        self._is_spoiled = self._is_open and (self._is_spoiled or self.has_announced)
-        self._is_open, self.has_announced = True, False
+        # What was announced to this exchange is thrown away here.
+        self._is_spoiled |= self.has_announced
+        self.has_announced = False
         self._counts = [0] * len(self._buckets_of)
         self._versions = {}
         self._is_last = is_last
@@ -171,31 +179,41 @@ class Announcements:
         return [index for index, count in enumerate(self._expected) if count == 0]
 
     def is_zero(self, index: int) -> bool:
-        """Whether `open` named this parameter."""
-        return bool(self._missing) and self._expected is not None and self._expected[index] == 0
+        """Whether `open` named this parameter, and nothing was added to its view since."""
+        if not self._missing or self._expected is None:
+            return False
+        return self._expected[index] == 0 and self._counts[index] == 0
 
     def add(self, index: int, view: torch.Tensor) -> None:
         """A gradient was added to a parameter's view of the row."""
         self._counts[index] += 1
+        self._versions[index] = view._version
         if not self._missing or self._expected is None or self._counts[index] != self._expected[index]:
             return
-        self._versions[index] = view._version
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
             if self._missing[bucket] == 0:
                 self.has_announced = True
                 self._announce(bucket)
 
+    def replace(self, index: int) -> None:
+        """A parameter's view was written by the user's own gradient."""
+        self._versions[index] = -1
+
     def close(self, views: Sequence[torch.Tensor]) -> bool:
-        """End a row; returns whether what was announced still holds."""
+        """End a row; returns whether what was announced still holds.
+
+        A change by the user's hand counts as one gradient more; so where there is one every time, it is waited for.
+        """
+        for index, version in self._versions.items():
+            self._counts[index] += views[index]._version != version
         holds = not self._is_spoiled
         if self.has_announced and self._expected is not None and self._missing:
             announced = {bucket for bucket, missing in enumerate(self._missing) if missing == 0}
             for index, buckets in enumerate(self._buckets_of):
                 if announced.intersection(buckets):
                     holds &= self._counts[index] == self._expected[index]
-                    holds &= self._versions.get(index, views[index]._version) == views[index]._version
         if self._is_last:
-            self._expected = self._counts
-        self._is_open = False
+            self._expected = list(self._counts)
+        self._is_spoiled |= not holds
         return holds

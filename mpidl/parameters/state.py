@@ -27,6 +27,8 @@ Float32Array = NDArray[np.float32]
 
 def gather_shards(world: World, own: Float32Array, shards: Shards) -> Float32Array:
     """The whole vector on rank 0, an empty array elsewhere. Collective."""
+    if shards.is_replicated:
+        return own if world.rank == 0 else own[:0]
     sizes = [shards.size_of(rank) for rank in range(world.size)]
     offsets = _offsets(sizes)
     received = np.empty(sum(sizes) if world.rank == 0 else 0, np.float32)
@@ -45,6 +47,10 @@ def gather_shards(world: World, own: Float32Array, shards: Shards) -> Float32Arr
 
 def scatter_shards(world: World, whole: Float32Array, shards: Shards) -> Float32Array:
     """Each rank's shard of rank 0's vector. Collective."""
+    if shards.is_replicated:
+        own = whole.copy() if world.rank == 0 else np.empty(shards.size_of(world.rank), np.float32)
+        world.broadcast(own)
+        return own
     sizes = [shards.size_of(rank) for rank in range(world.size)]
     own = np.empty(sizes[world.rank], np.float32)
     nothing = [0] * world.size

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,21 +30,25 @@ from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment, row_plan
+from mpidl.parameters.baselines import BASELINES, Baseline, shards_for
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.direct import Direct, mean_of_node
 from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.layout import FlatLayout, Slice
+from mpidl.parameters.layout import FlatLayout, Shards, Slice
 from mpidl.parameters.pipeline import Pipeline
-from mpidl.parameters.reduction import Job, Lanes, Reduction
+from mpidl.parameters.reduction import REDUCTIONS, Job, Lanes, ordered
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import World, on_all_ranks, share
 
-SLICE_SIZE = 64 * kernels.BLOCK_SIZE
-"""Elements that are added up and updated at a time: their gradient stays in cache in between (1 MiB)."""
+STRATEGIES = (*REDUCTIONS, *BASELINES)
+"""The parameter manager's two reductions, and what it is measured against."""
+
+SLICE_SIZE = 256 * kernels.BLOCK_SIZE
+"""Elements that are added up and updated at a time: their gradient stays in cache in between (4 MiB)."""
 
 
 class Synchronizer:
@@ -55,9 +59,10 @@ class Synchronizer:
         layout: of the trainable parameters.
         buffers: of the model.
         assignment: the largest one that `synchronize` will be called with.
-        reduction: how rows reach the owners of shards.
+        reduction: one of STRATEGIES: how gradients reach those who update, and who that is.
         wire: what travels between nodes.
         clipping: of the mean gradient.
+        by_slices: whether the optimizer may be called for one slice after another.
 
     Raises:
         SharedMemoryError: on every rank: there is no room.
@@ -69,13 +74,17 @@ class Synchronizer:
         layout: FlatLayout,
         buffers: ModelBuffers,
         assignment: Assignment,
-        reduction: Reduction,
+        reduction: str,
         wire: Wire,
         clipping: Clipping,
+        *,
+        by_slices: bool,
     ) -> None:
         self.world = world
         slots = assignment.num_slots(world.rank)
-        self.gradients = Exchange(world, layout.size, slots, num_cells=1 if world.num_nodes == 1 else None)
+        is_direct = world.num_nodes == 1 and reduction not in BASELINES
+        shards = _shards(world, layout.size, reduction)
+        self.gradients = Exchange(world, layout.size, slots, shards, with_sums=not is_direct)
         """Rows of gradients in, weights out."""
         self.changes = Exchange(world, buffers.layout.size, slots)
         """Rows of weighted changes of buffers in, their mean out."""
@@ -87,13 +96,17 @@ class Synchronizer:
         """This rank's shard, in the pieces that are updated at a time."""
         self.times = PhaseTimes()
         self._buffers = buffers
-        self._reduce = reduction
+        self._reduce = REDUCTIONS.get(reduction, ordered)
         self._clipping = clipping
-        self.route: Direct | Pipeline = (
-            Direct(self.gradients, self.counters)
-            if world.num_nodes == 1
-            else Pipeline(self.gradients, self.counters, reduction, wire)
-        )
+        self._by_slices = by_slices
+        self.route: Direct | Pipeline | Baseline
+        if reduction in BASELINES:
+            self.route = Baseline(self.gradients, self.counters, reduction)
+        elif is_direct:
+            keeps_gradient = clipping.norm is not None or not by_slices
+            self.route = Direct(self.gradients, self.counters, self.slices, keeps_gradient)
+        else:
+            self.route = Pipeline(self.gradients, self.counters, self._reduce, wire)
 
     def lay_out_changes(self) -> None:
         """Make the rows of buffers anew, after it has become known which travel. Collective."""
@@ -130,10 +143,11 @@ class Synchronizer:
         table = self._collect(assignment)
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
-            if self._clipping.norm is None and update.goes_by_slices:
+            if self._clipping.norm is None and self._by_slices:
                 self._update_in_cache(update, weight)
             else:
                 self._update(update, self._clipped_mean(weight))
+            self.route.end_publishing()
             self._share_squares()
             self._exchange_buffers(assignment, weight)
         self.world.node_barrier()
@@ -155,6 +169,8 @@ class Synchronizer:
         self.route.begin_publishing()
         for bucket in self.route.buckets:
             self.route.publish(bucket)
+        self.route.end_publishing()
+        self.world.node_barrier()
         self.route.wait()
 
     def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
@@ -180,14 +196,15 @@ class Synchronizer:
 
     def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
         """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
-        self.route.begin_publishing()
-        for bucket in reversed(self.route.order):
-            first, last = self._slices_in(bucket)
-            for index in range(first, last):
-                self._mean(index, weight)
-                update.step(index, index + 1)
-            self.route.publish(bucket)
-        self.times.lap("update")
+        with self._publishing() as publish:
+            if not self.slices:
+                update.step(0, 0)  # torch's schedulers want to see a step
+            for bucket in reversed(self.route.order):
+                first, last = self._slices_in(bucket)
+                for index in range(first, last):
+                    self._mean(index, weight)
+                    update.step(index, index + 1)
+                publish(bucket)
 
     def _clipped_mean(self, weight: float) -> float:
         """The mean over the whole shard; returns the factor by which clipping shortens it."""
@@ -206,13 +223,25 @@ class Synchronizer:
 
     def _update(self, update: ShardOptimizer, factor: float) -> None:
         """Phase 3 where something needs the whole gradient first."""
+        with self._publishing():
+            if factor != 1.0:
+                for each in self.slices:
+                    self.route.own_gradient(each)[:] *= np.float32(factor)
+            update.step(0, len(self.slices))
+
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[Callable[[Bucket], None]]:
+        """Publish all buckets at the block's end, but for those that were published inside.
+
+        Also what an exception of the optimizer's has left: who catches it may go on, or close.
+        """
         self.route.begin_publishing()
-        if factor != 1.0:
-            self.gradients.sum[:] *= np.float32(factor)
-        update.step(0, len(self.slices))
-        self.times.lap("update")
-        for bucket in reversed(self.route.order):
-            self.route.publish(bucket)
+        try:
+            yield self.route.publish
+        finally:
+            self.times.lap("update")
+            for bucket in reversed(self.route.order):
+                self.route.publish(bucket)
 
     def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
         inside = [i for i, each in enumerate(self.slices) if bucket.span[0] <= each.start < bucket.span[1]]
@@ -222,13 +251,13 @@ class Synchronizer:
         each = self.slices[index]
         self.times.lap("update")
         self.route.mean(each, weight, self.squares[_blocks(each)])
-        self._clipping.clip_values(self.gradients.sum[each.own], self.squares[_blocks(each)])
+        self._clipping.clip_values(self.route.own_gradient(each), self.squares[_blocks(each)])
         self.times.lap("local_sum")
 
     def _share_squares(self) -> None:
         """Bring the squares of this rank's shard to the other nodes."""
         world = self.world
-        if world.num_nodes == 1:
+        if world.num_nodes == 1 or self.gradients.shards.is_replicated:
             return
         blocks = [[_blocks(each) for each in self.gradients.shards.slices(r, SLICE_SIZE)] for r in range(world.size)]
         own = np.concatenate([np.empty(0), *(self.squares[each] for each in blocks[world.rank])])
@@ -251,7 +280,7 @@ class Synchronizer:
         squares = [np.empty(-(-each.size // kernels.BLOCK_SIZE)) for each in pieces]
         if world.num_nodes == 1:
             for each, unused in zip(pieces, squares, strict=True):
-                mean_of_node(changes, plan, each, weight, unused)
+                mean_of_node(changes, plan, each, weight, changes.result[each.start : each.stop], unused)
         else:
             for pending in self._reduce(
                 Job(changes, assignment, plan, WIRES["float32"], Lanes(world, world)), bucket, None
@@ -260,13 +289,18 @@ class Synchronizer:
             world.node_barrier()  # "mpi" may have had another rank of the node write this one's sum
             for each, unused in zip(pieces, squares, strict=True):
                 kernels.divide(changes.sum[each.own], weight, unused)
-        for each in pieces:
-            changes.result[each.start : each.stop] = changes.sum[each.own]
+                changes.result[each.start : each.stop] = changes.sum[each.own]
         changes.spread()
 
     def close(self) -> None:
         """End what goes on in the background. Collective."""
         self.route.close()
+
+
+def _shards(world: World, size: int, reduction: str) -> Shards:
+    if reduction in BASELINES:
+        return shards_for(reduction, size, world.size)
+    return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
 
 
 def _blocks(each: Slice) -> slice:

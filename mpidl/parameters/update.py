@@ -9,10 +9,12 @@ where everyone reads. State (momentum, moments) exists on the owner only: 1/worl
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +35,16 @@ ELEMENT_WISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "
 class ShardOptimizer:
     """An optimizer over one shard.
 
-    The shard is updated slice by slice, so that a slice's gradient is still in cache when it is used. Optimizers that
-    are not torch's own, and those with hooks, may count their calls: they get the whole shard at once.
+    Torch's own optimizers may update the shard slice by slice, so that a slice's gradient is still in cache when it is
+    used. Others may count their calls: they get the whole shard at once (`goes_by_slices`).
 
     Args:
         factory: makes the optimizer of a list of param groups.
         groups: each param group's options and the names of its parameters.
         layout: of the whole vector.
         weights: for each slice, float32, (slice size,); updated in place.
-        gradient: float32, (shard size,); the mean gradient over the shard, written before each `step`.
+        gradients: for each slice, float32, (slice size,); its mean gradient, written before its `step`. Slices that are
+            updated one after the other may share memory.
         slices: the shard; an empty list where this rank owns nothing.
 
     Raises:
@@ -54,21 +57,22 @@ class ShardOptimizer:
         groups: Sequence[Group],
         layout: FlatLayout,
         weights: Sequence[Float32Array],
-        gradient: Float32Array,
+        gradients: Sequence[Float32Array],
         slices: Sequence[Slice],
     ) -> None:
-        self.shard_size = gradient.size
+        self.shard_size = sum(each.size for each in slices)
         self.num_slices = len(slices)
         parts = []
         for _, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
-            parts.append([p for i, each in enumerate(slices) for p in _parts_of(i, each, runs, weights[i], gradient)])
+            parts.append(
+                [p for i, each in enumerate(slices) for p in _parts_of(i, each, runs, weights[i], gradients[i])]
+            )
         self._hold(parts)
         param_groups = [
             {**options, "params": list(tensors)} for (options, _), tensors in zip(groups, self._tensors, strict=True)
         ]
         self.optimizer = _make(factory, param_groups)
-        self._goes_by_slices = type(self.optimizer).__module__.startswith("torch.optim.")
 
     def _hold(self, parts: list[list[_Part]]) -> None:
         self._parts = parts
@@ -90,16 +94,11 @@ class ShardOptimizer:
             group["params"] = tensors
         return {part.tensor: part.piece for part in itertools.chain(*self._parts)}
 
-    @property
-    def goes_by_slices(self) -> bool:
-        """Whether `step` may be called for some slices at a time."""
-        optimizer = self.optimizer
-        return self._goes_by_slices and not (
-            optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        )
-
     def step(self, first: int, last: int) -> None:
-        """Update the slices [first, last) of this rank's weights."""
+        """Update the slices [first, last) of this rank's weights; every slice once an iteration.
+
+        Hooks that the user gave the optimizer see one step an iteration.
+        """
         is_whole = (first, last) == (0, self.num_slices)
         for index, group in enumerate(self.optimizer.param_groups):
             chosen = self._parts[index][self._firsts[index][first] : self._firsts[index][last]]
@@ -107,10 +106,28 @@ class ShardOptimizer:
                 part.tensor.grad = part.gradient  # optimizer.zero_grad() takes it away
             group["params"] = self._tensors[index] if is_whole else [part.tensor for part in chosen]
         try:
-            self.optimizer.step()
+            with self._hooks_only_once(first, last):
+                self.optimizer.step()
         finally:
             for group, tensors in zip(self.optimizer.param_groups, self._tensors, strict=True):
                 group["params"] = tensors
+
+    @contextlib.contextmanager
+    def _hooks_only_once(self, first: int, last: int) -> Iterator[None]:
+        """Hide the optimizer's hooks from all steps of an iteration but one."""
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        if not any(hooks):
+            yield
+            return
+        if first > 0:
+            optimizer._optimizer_step_pre_hooks = OrderedDict()
+        if last < self.num_slices:
+            optimizer._optimizer_step_post_hooks = OrderedDict()
+        try:
+            yield
+        finally:
+            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
 
     def describe(self) -> str:
         """A hash over what must be the same on all ranks: the optimizer's class and options."""
@@ -194,10 +211,20 @@ def _parts_of(
 ) -> list[_Part]:
     parts = []
     for start, stop in merge_pieces(clip(run, (each.start, each.stop)) for run in runs):
-        own = slice(start - each.start + each.offset, stop - each.start + each.offset)
-        tensor = torch.nn.Parameter(torch.from_numpy(weights[start - each.start : stop - each.start]))
-        parts.append(_Part(index, (start, stop), own, tensor, torch.from_numpy(gradient[own])))
+        inside = slice(start - each.start, stop - each.start)
+        own = slice(inside.start + each.offset, inside.stop + each.offset)
+        tensor = torch.nn.Parameter(torch.from_numpy(weights[inside]))
+        parts.append(_Part(index, (start, stop), own, tensor, torch.from_numpy(gradient[inside])))
     return parts
+
+
+def goes_by_slices(factory: OptimizerFactory) -> bool:
+    """Whether the optimizer keeps all of its state per tensor, so that it may be called for some at a time."""
+    try:
+        optimizer = factory([{"params": [torch.nn.Parameter(torch.empty(0))]}])
+    except Exception:  # what is wrong with it is told where it is made
+        return False
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _is_scalar_tensor(value: Any) -> bool:

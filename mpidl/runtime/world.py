@@ -197,6 +197,14 @@ class World:
         request = self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)])
         return result, Pending(request, self.shares_cores)
 
+    def start_allreduce(self, send: AnyArray, receive: AnyArray) -> Pending:
+        """Begin to add `send` over all ranks into everyone's `receive`. Collective; same shape and dtype everywhere."""
+        return Pending(self.comm.Iallreduce(send, receive), self.shares_cores)
+
+    def start_reduce(self, send: AnyArray, receive: AnyArray) -> Pending:
+        """Begin to add `send` over all ranks into rank 0's `receive`; the others' is not touched. Collective."""
+        return Pending(self.comm.Ireduce(send, receive if self.rank == 0 else None, root=0), self.shares_cores)
+
     def start_column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> Pending:
         """Add `send` over the ranks of this column and keep this node's block (MPI_Ireduce_scatter).
 
@@ -284,7 +292,11 @@ class World:
 
     def abort(self, code: int = 1) -> None:
         """End every rank of the job at once. Not collective, does not return."""
-        self.comm.Abort(code)
+        from mpi4py import MPI
+
+        # Not self.comm: where ranks of three hosts abort a duplicate at once, MPICH 5.0 leaves some spinning in there,
+        # and its launcher waits for them.
+        MPI.COMM_WORLD.Abort(code)
 
     def duplicate(self) -> World:
         """The same ranks with communicators of their own: collectives there do not mix with those here. Collective."""

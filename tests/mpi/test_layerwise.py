@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import mpidl
+from mpidl.parameters.baselines import BASELINES
 from mpidl.runtime import World
 from tests.layerwise import LambReference, LarsReference
 from tests.mpi import reference
@@ -97,6 +98,15 @@ def test_every_node_layout_gives_the_bits_of_whole_tensors(world: World, optimiz
             twins.run(4)
             assert differing(twins.model.state_dict(), twins.twin.state_dict()) == []
             twins.manager.close()
+
+
+@pytest.mark.parametrize("reduction", BASELINES)
+@BOTH
+def test_the_baselines_train_as_over_whole_tensors_too(world: World, optimizer: Any, reduction: str) -> None:
+    twins = Twins(dense, optimizer, mpidl.layer_groups, world=world, reduction=reduction)
+    twins.run(3)
+    assert largest_difference(twins.model.state_dict(), twins.twin.state_dict()) < 1e-5
+    twins.manager.close()
 
 
 @pytest.mark.parametrize(("optimizer", "formula"), [(LARS, LarsReference), (LAMB, LambReference)])

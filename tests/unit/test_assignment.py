@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidl.parameters import tree
-from mpidl.parameters.assignment import Assignment, row_plan
-from tests.reference import cuts_of, reference_sum, wide_values
+from mpidl.parameters.assignment import Addends, Assignment, row_plan
+from tests.reference import apply_steps, cuts_of, reference_sum, wide_values
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 16, 33, 70])
@@ -51,16 +51,47 @@ def test_all_ranks_agree_on_what_each_node_sends(topology: tuple[Assignment, tup
     assert len({(plan.rows_of_node, plan.partitions_of_node) for plan in plans}) == 1
     for rank, plan in enumerate(plans):
         # What it sends is what others expect of its node.
-        assert len(plan.node_rows) == plan.rows_of_node[node_of[rank]]
+        assert len(plan.sent) == plan.rows_of_node[node_of[rank]]
         first = node_of.index(node_of[rank])
         held = [p for r, node in enumerate(node_of) if node == node_of[rank] for p in range(*assignment.range_of(r))]
         assert held == list(range(*plan.partitions_of_node[node_of[rank]]))
         same_node = plans[first]
         assert plan.local == same_node.local
-        assert plan.order == same_node.order
-        assert np.array_equal(plan.additions, same_node.additions)
+        assert [as_row_sum(each) for each in plan.sent] == [as_row_sum(each) for each in same_node.sent]
+        assert as_row_sum(plan.total) == as_row_sum(same_node.total)
         slots = [(assignment.num_slots(first + local), slot) for local, slot in plan.local]
         assert all(slot < limit for limit, slot in slots)
+
+
+def as_row_sum(addends: Addends) -> tree.RowSum:
+    """The kernel's array of steps as a list again."""
+    steps = [tuple(line[: 2 + OPERANDS[line[0]]]) for line in addends.steps.tolist()]
+    assert addends.steps.dtype == np.int64
+    assert addends.steps.flags.c_contiguous
+    assert all(not any(line[len(step) :]) for line, step in zip(addends.steps.tolist(), steps, strict=True))
+    return tree.RowSum(addends.rows, tuple(steps))
+
+
+OPERANDS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 8: 8}
+"""How many operands a step of each kind has."""
+
+
+@settings(max_examples=60)
+@given(topology=topologies())
+def test_a_rank_s_rows_are_those_of_its_counter_with_the_last_partition_apart(
+    topology: tuple[Assignment, tuple[int, ...]],
+) -> None:
+    assignment, node_of = topology
+    for rank in range(len(node_of)):
+        start, stop = assignment.range_of(rank)
+        stack: list[tuple[int, int]] = []
+        for partition in range(start, stop):
+            stack.append((partition, partition + 1))
+            for _ in range(tree.merges(assignment.num_partitions, start, partition) if partition < stop - 1 else 0):
+                last = stack.pop()
+                stack[-1] = (stack[-1][0], last[1])
+        assert assignment.rows_of(rank) == tuple(stack)
+        assert len(stack) <= assignment.num_slots(rank)
 
 
 @settings(max_examples=100)
@@ -74,23 +105,16 @@ def test_every_owner_on_every_node_gets_the_bits_of_the_recursion(
     expected = reference_sum(values).tobytes()
     plans = {node: row_plan(assignment, node_of, node_of.index(node)) for node in set(node_of)}
     rows_of_rank = [
-        [reference_sum(values[slice(*row)]) for row in tree.cover(total, *assignment.range_of(rank))]
-        for rank in range(len(node_of))
+        [reference_sum(values[slice(*row)]) for row in assignment.rows_of(rank)] for rank in range(len(node_of))
     ]
     local, sent = {}, {}
     for node, plan in plans.items():
         first = node_of.index(node)
         local[node] = [rows_of_rank[first + local_rank][slot] for local_rank, slot in plan.local]
-        rows = list(local[node])
-        for into, other in plan.node_additions:
-            rows[into] = rows[into] + rows[other]
-        sent[node] = [rows[i] for i in plan.node_rows]
+        sent[node] = [apply_steps(as_row_sum(each), local[node]) for each in plan.sent]
     for node, plan in plans.items():
         received = [row for other in sorted(plans) if other != node for row in sent[other]]
-        rows = [[*local[node], *received][i] for i in plan.order]
-        for into, other in plan.additions:
-            rows[into] = rows[into] + rows[other]
-        assert rows[0].tobytes() == expected
+        assert apply_steps(as_row_sum(plan.total), [*local[node], *received]).tobytes() == expected
 
 
 @settings(max_examples=50)
@@ -99,6 +123,6 @@ def test_one_node_sends_nothing_it_has_not_merged(data: st.DataObject, total: in
     assignment = Assignment(total, tuple(cuts_of(data, total, ranks)))
     plan = row_plan(assignment, (0,) * ranks, 0)
     assert plan.rows_of_node == (1,)
-    assert len(plan.node_rows) == 1
-    assert plan.order == tuple(range(len(plan.local)))
-    assert len(plan.additions) == len(plan.local) - 1
+    assert len(plan.sent) == 1
+    assert plan.total.rows == tuple(range(len(plan.local)))
+    assert as_row_sum(plan.sent[0]) == as_row_sum(plan.total)

@@ -21,7 +21,7 @@ from mpidl import kernels
 from mpidl.kernels import BLOCK_SIZE
 from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.norms import Segments, ShardNorms, use_norms_over_shards
-from mpidl.parameters.update import ShardOptimizer
+from mpidl.parameters.update import ShardOptimizer, goes_by_slices
 from tests.layerwise import LambReference, LarsReference
 
 LARS = functools.partial(mpidl.Lars, lr=8.0, momentum=0.9, trust_coefficient=0.01, weight_decay=0.02)
@@ -286,8 +286,10 @@ def test_pieces_of_one_rank_have_the_bits_of_whole_tensors_and_gaps_stay_zero(fa
     slices = shards.slices(0, max_size * BLOCK_SIZE)
     names = groups_of([slot.name for slot in LAYOUT.slots])
     groups = [({k: v for k, v in group.items() if k != "params"}, tuple(group["params"])) for group in names]
-    update = ShardOptimizer(factory, groups, LAYOUT, [weights[s.start : s.stop] for s in slices], gradient, slices)
-    assert not update.goes_by_slices
+    own_weights = [weights[each.start : each.stop] for each in slices]
+    own_gradients = [gradient[each.start : each.stop] for each in slices]
+    update = ShardOptimizer(factory, groups, LAYOUT, own_weights, own_gradients, slices)
+    assert not goes_by_slices(factory)
     use_norms_over_shards(update, Ranks(1).world(0), LAYOUT, shards)
     for seed in range(4):
         set_gradients(parameters, seed)

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpidl.parameters.layout import ALIGNMENT, FlatLayout, block_pieces, clip, merge_pieces, shards
+from mpidl.parameters.layout import (
+    ALIGNMENT,
+    MAX_CELLS,
+    MIN_CELL_SIZE,
+    FlatLayout,
+    Shards,
+    clip,
+    merge_pieces,
+    shards,
+)
 from mpidl.parameters.model import padded_runs
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=12)
@@ -112,14 +121,91 @@ def test_shards_tile_the_vector_at_block_multiples_and_differ_by_one_block(
     assert sum(count == 0 for count in blocks) == max(0, world_size - num_blocks)
 
 
-@given(size=st.integers(0, 100_000), world_size=st.integers(1, 70), block_size=BLOCK_SIZES)
-def test_block_pieces_number_every_block_once(size: int, world_size: int, block_size: int) -> None:
-    pieces = shards(size, world_size, block_size)
-    blocks = block_pieces(pieces, block_size)
-    assert [i for piece in blocks for i in range(*piece)] == list(range(-(-size // block_size)))
-    for (start, stop), (first, last) in zip(pieces, blocks, strict=True):
-        assert (start == stop) == (first == last)
-        assert start == stop or (first * block_size == start and stop <= last * block_size)
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+MANY_CELLS = 200 * MIN_CELL_SIZE
+DEALT = st.builds(
+    Shards.of,
+    st.integers(0, 400_000) | st.integers(0, MANY_CELLS),
+    st.integers(1, 70),
+    st.sampled_from([64, 4096]),
+    num_cells=st.none() | st.integers(1, 40),
+)
+"""Vectors of less than a block to more than the most cells, dealt out to any number of ranks."""
+
+
+def pieces_in_order(dealt: Shards) -> list[tuple[int, int]]:
+    """All ranks' pieces, cell by cell."""
+    return [pieces[cell] for cell in range(len(dealt.cells)) for pieces in dealt.pieces]
+
+
+@settings(max_examples=100)
+@given(dealt=DEALT)
+def test_cells_tile_the_vector_and_pieces_tile_the_cells(dealt: Shards) -> None:
+    size = dealt.cells[-1][1]
+    assert dealt.cells[0][0] == 0
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(dealt.cells))
+    assert all(len(pieces) == len(dealt.cells) for pieces in dealt.pieces)
+    for cell, (start, stop) in enumerate(dealt.cells):
+        pieces = [of_rank[cell] for of_rank in dealt.pieces]
+        assert (pieces[0][0], pieces[-1][1]) == (start, stop)
+        assert all(a[1] == b[0] and a[0] <= a[1] for a, b in itertools.pairwise(pieces))
+    assert sum(dealt.size_of(rank) for rank in range(len(dealt.pieces))) == size
+
+
+@settings(max_examples=100)
+@given(
+    size=st.integers(0, 400_000) | st.integers(0, MANY_CELLS),
+    world_size=st.integers(1, 70),
+    block_size=BLOCK_SIZES,
+    num_cells=st.none() | st.integers(1, 40),
+)
+def test_all_cuts_are_block_multiples_and_ranks_get_alike_of_all_cells_but_the_last(
+    size: int, world_size: int, block_size: int, num_cells: int | None
+) -> None:
+    dealt = Shards.of(size, world_size, block_size, num_cells=num_cells)
+    assert dealt.cells[-1][1] == size
+    assert all(cut % block_size == 0 or cut == size for piece in pieces_in_order(dealt) for cut in piece)
+    full = [{stop - start for start, stop in pieces[:-1]} for pieces in dealt.pieces]
+    assert all(len(sizes) <= 1 for sizes in full)  # a rank's pieces are as long in every cell
+    blocks = [(stop - start) // block_size for sizes in dealt.pieces for start, stop in sizes[:-1]]
+    assert not blocks or max(blocks) - min(blocks) <= 1
+    if num_cells is None:
+        assert not blocks or max(blocks) == min(blocks) >= 1
+        assert all(stop - start >= min(MIN_CELL_SIZE, size) for start, stop in dealt.cells[:-1])
+        assert len(dealt.cells) <= MAX_CELLS
+    else:
+        assert len(dealt.cells) <= num_cells
+
+
+def test_large_vectors_have_as_many_cells_as_there_may_be_and_small_ones_one() -> None:
+    assert len(Shards.of(4 * MAX_CELLS * MIN_CELL_SIZE, 4, 4096).cells) == MAX_CELLS
+    assert len(Shards.of(5 * MIN_CELL_SIZE + 16, 4, 4096).cells) == 6
+    assert Shards.of(MIN_CELL_SIZE, 4, 4096).cells == ((0, MIN_CELL_SIZE),)
+    assert Shards.of(0, 3, 4096).cells == ((0, 0),)
+    assert Shards.of(3 * MIN_CELL_SIZE, 4, 4096, num_cells=1).pieces == tuple(
+        (piece,) for piece in shards(3 * MIN_CELL_SIZE, 4, 4096)
+    )
+
+
+@settings(max_examples=100)
+@given(dealt=DEALT, slice_blocks=st.integers(1, 70))
+def test_slices_stand_one_behind_the_other_in_the_shard_and_never_leave_a_cell(
+    dealt: Shards, slice_blocks: int
+) -> None:
+    most = 4096 * slice_blocks
+    for rank in {0, len(dealt.pieces) // 2, len(dealt.pieces) - 1}:
+        slices = dealt.slices(rank, most)
+        assert [each.offset for each in slices] == [0, *itertools.accumulate(each.size for each in slices)][:-1]
+        assert sum(each.size for each in slices) == dealt.size_of(rank)
+        assert all(0 < each.size <= most for each in slices)
+        assert all(each.own == slice(each.offset, each.offset + each.stop - each.start) for each in slices)
+        for start, stop in dealt.pieces[rank]:
+            inside = [each for each in slices if start <= each.start < stop]
+            cuts = [each.start for each in inside] + [stop]
+            assert cuts == [*range(start, stop, most), stop]
+            assert all(each.stop == cut for each, cut in zip(inside, cuts[1:], strict=True))
+        assert merge_pieces((each.start, each.stop) for each in slices) == dealt.runs(rank)
 
 
 @given(

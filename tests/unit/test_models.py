@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,10 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-IMAGES = {"digits_cnn": (1, 8, 8), "fashion_cnn": (1, 28, 28), "lenet5": (1, 28, 28)}
+IMAGES = {
+    "digits_cnn": (1, 8, 8), "fashion_cnn": (1, 28, 28), "lenet5": (1, 28, 28),
+    "vgg13_32": (3, 32, 32), "vgg16_32": (3, 32, 32), "inception_v1": (3, 224, 224),
+}  # fmt: skip
 
 
 def test_the_table_of_this_test_has_every_model() -> None:
@@ -34,6 +39,7 @@ def test_the_table_of_this_test_has_every_model() -> None:
 def test_outputs_are_one_logit_per_class(name: str, num_classes: int) -> None:
     model = models.build(name, num_classes=num_classes)
     assert model.num_classes == num_classes
+    assert model.image_shape == IMAGES[name]
     assert model(torch.zeros(3, *IMAGES[name])).shape == (3, num_classes)
 
 
@@ -41,7 +47,7 @@ def test_outputs_are_one_logit_per_class(name: str, num_classes: int) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     model = models.build(name)
-    nn.functional.cross_entropy(model(torch.rand(8, *IMAGES[name])), torch.arange(8)).backward()
+    nn.functional.cross_entropy(model(torch.rand(4, *IMAGES[name])), torch.arange(4)).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
@@ -55,8 +61,33 @@ def test_parameter_counts_are_those_of_the_layers(num_classes: int) -> None:
         assert num_parameters(models.build(name, num_classes=num_classes)) == expected
 
 
+@pytest.mark.parametrize("num_classes", [2, 10])
+@pytest.mark.parametrize(("name", "last"), [("vgg13_32", 2), ("vgg16_32", 3)])
+def test_parameter_counts_of_vgg_are_those_of_the_layers(name: str, last: int, num_classes: int) -> None:
+    widths = [3, *[64] * 2, *[128] * 2, *[256] * last, *[512] * 2 * last]
+    convolutions = sum(conv(*pair, 3) + 2 * pair[1] for pair in pairwise(widths))
+    classifier = linear(512, 512) + 2 * 512 + linear(512, num_classes)
+    assert num_parameters(models.build(name, num_classes=num_classes)) == convolutions + classifier
+
+
+def test_parameter_counts_of_inception_are_those_of_the_paper_s_table() -> None:
+    # Inputs, 1x1, 3x3 reduced, 3x3, 5x5 reduced, 5x5, pooled: Szegedy and others, table 1.
+    table = """
+        192 64 96 128 16 32 32 / 256 128 128 192 32 96 64 / 480 192 96 208 16 48 64 / 512 160 112 224 24 64 64 /
+        512 128 128 256 24 64 64 / 512 112 144 288 32 64 64 / 528 256 160 320 32 128 128 /
+        832 256 160 320 32 128 128 / 832 384 192 384 48 128 128"""
+    layers = [(3, 64, 7), (64, 64, 1), (64, 192, 3)]
+    for block in table.split("/"):
+        inputs, one, three_in, three, five_in, five, pooled = map(int, block.split())
+        layers += [(inputs, width, 1) for width in (one, three_in, five_in, pooled)]
+        layers += [(three_in, three, 3), (five_in, five, 5)]
+    expected = sum(conv(*layer, bias=False) + 2 * layer[1] for layer in layers) + linear(1024, 1000)
+    assert num_parameters(models.build("inception_v1")) == expected
+
+
 def test_parameter_counts_are_those_of_the_docstrings() -> None:
-    for model in (models.DigitsCNN(), models.FashionCNN(), models.LeNet5()):
+    for name in models.NAMES:
+        model = models.build(name)
         assert f"{num_parameters(model):,} parameters" in (type(model).__doc__ or "")
     assert num_parameters(models.LeNet5()) == 61_706
 
@@ -69,7 +100,7 @@ def test_lenet_takes_colour_images() -> None:
 @pytest.mark.parametrize("name", models.NAMES)
 @pytest.mark.parametrize("shape", [(4, 28), (4, 1, 28), (4, 1, 27, 28), (4, 28, 28, 1), (4, 3, 8, 8)])
 def test_images_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(DataError, match=rf"{name} takes images of shape \(batch, 1, .* but got .*4, .*reshape"):
+    with pytest.raises(DataError, match=rf"{name} takes images of shape \(batch, \d, .* but got .*4, .*reshape"):
         models.build(name)(torch.zeros(shape))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpidl.parameters.tree import Range, additions, cover, is_node, merges, middle, num_slots
-from tests.reference import cuts_of, reference_sum, split, wide_values
+from mpidl.parameters.tree import Range, RowSum, cover, is_node, merges, middle, num_slots, sums
+from tests.reference import KINDS, apply_steps, cuts_of, reference_sum, split, wide_values
 
 MAX_PARTITIONS = 70
 ALL_TOTALS = [range(1, 36), range(36, MAX_PARTITIONS + 1)]
@@ -28,11 +29,6 @@ def nodes_under(start: int, stop: int) -> set[Range]:
 def any_range(generator: random.Random, total: int) -> Range:
     start, stop = sorted(generator.choices(range(total + 1), k=2))
     return start, stop
-
-
-def add(rows: list[Any], pairs: list[tuple[int, int]]) -> None:
-    for into, other in pairs:
-        rows[into] = rows[into] + rows[other]
 
 
 def test_a_node_splits_after_the_largest_power_of_two_smaller_than_its_length() -> None:
@@ -97,43 +93,90 @@ def test_node_first_then_owner_gives_the_bits_of_the_recursion(
     for first, behind in itertools.pairwise(node_cuts):
         ranges = [row for rank in range(first, behind) for row in cover(total, starts[rank], starts[rank + 1])]
         rows = [reference_sum(values[slice(*row)]) for row in ranges]
-        pairs, left = additions(total, ranges)
-        add(rows, pairs)
+        left = sums(total, ranges)
         # What other nodes expect without being told: the maximal nodes of the node's whole span.
         sent = cover(total, starts[first], starts[behind])
         assert len(left) == len(sent)
-        assert [ranges[i][0] for i in left] == [row[0] for row in sent]
-        for index, row in zip(left, sent, strict=True):
-            assert rows[index].tobytes() == reference_sum(values[slice(*row)]).tobytes()
-            rows_of_owner.append((row, rows[index]))
+        for row_sum, row in zip(left, sent, strict=True):
+            added = apply_steps(row_sum, rows)
+            assert added.tobytes() == reference_sum(values[slice(*row)]).tobytes()
+            rows_of_owner.append((row, added))
     data.draw(st.randoms(use_true_random=False)).shuffle(rows_of_owner)
-    at_owner = [row for _, row in rows_of_owner]
-    pairs, left = additions(total, [row for row, _ in rows_of_owner])
-    add(at_owner, pairs)
-    assert len(left) == 1
-    assert at_owner[left[0]].tobytes() == reference_sum(values).tobytes()
+    (whole,) = sums(total, [row for row, _ in rows_of_owner])
+    assert apply_steps(whole, [row for _, row in rows_of_owner]).tobytes() == reference_sum(values).tobytes()
 
 
 @settings(max_examples=150)
 @given(data=st.data(), total=PARTITIONS)
-def test_additions_never_use_a_row_again_that_was_added_to_another(data: st.DataObject, total: int) -> None:
+def test_every_row_is_added_once_and_sums_stand_left_to_right(data: st.DataObject, total: int) -> None:
     cuts = cuts_of(data, total, data.draw(st.integers(1, 10)))
     ranges = [row for a, b in itertools.pairwise(cuts) for row in cover(total, a, b)]
     kept = [row for row in ranges if data.draw(st.booleans())]
-    pairs, left = additions(total, kept)
-    gone: set[int] = set()
-    for into, other in pairs:
-        assert into != other
-        assert not {into, other} & gone
-        gone.add(other)
-    assert sorted([*left, *gone]) == list(range(len(kept)))
-    assert [kept[i] for i in left] == sorted(kept[i] for i in left)
+    left = sums(total, kept)
+    assert sorted(row for row_sum in left for row in row_sum.rows) == list(range(len(kept)))
+    spans = []
+    for row_sum in left:
+        rows = [kept[i] for i in row_sum.rows]
+        assert all(one[1] == other[0] for one, other in itertools.pairwise(rows))
+        spans.append((rows[0][0], rows[-1][1]))
+        check_steps(row_sum)
+    assert all(is_node(total, *span) for span in spans)
+    assert spans == sorted(spans)
+
+
+def check_steps(row_sum: RowSum) -> None:
+    """Nothing is read before it is written or after it is used, nothing is written that is still wanted."""
+    num_rows = len(row_sum.rows)
+    wanted = set(range(num_rows))
+    for kind, into, *operands in row_sum.steps:
+        assert len(operands) == KINDS[kind].__code__.co_argcount
+        assert len(set(operands)) == len(operands)
+        assert set(operands) <= wanted
+        assert into not in wanted  # so it is no operand of its own step either
+        assert into >= num_rows  # rows are read only
+        wanted = wanted - set(operands) | {into}
+    assert len(wanted) == 1
+    # The kernel has as many scratch rows as steps.
+    assert all(into < num_rows + len(row_sum.steps) for _, into, *_ in row_sum.steps)
+
+
+def covers(total: int) -> Iterator[tuple[list[Range], list[RowSum]]]:
+    """Rows of many spreads of the partitions that cover them all, and how they are added."""
+    generator = random.Random(total)
+    for parts in (total, 1, 2, 3, 4, generator.randint(1, total), generator.randint(1, total)):
+        starts = [0, *sorted(generator.choices(range(total + 1), k=parts - 1)), total]
+        if parts == total:
+            starts = list(range(total + 1))
+        rows = [row for a, b in itertools.pairwise(starts) for row in cover(total, a, b)]
+        yield rows, sums(total, rows)
+
+
+@pytest.mark.parametrize("totals", ALL_TOTALS)
+def test_the_steps_of_any_spread_give_the_bits_of_the_recursion(totals: range) -> None:
+    for total in totals:
+        values = wide_values(total, total)
+        for rows, (whole,) in covers(total):
+            check_steps(whole)
+            added = apply_steps(whole, [reference_sum(values[slice(*row)]) for row in rows])
+            assert added.tobytes() == reference_sum(values).tobytes()
+
+
+def test_every_kind_of_step_occurs_and_scratch_is_used_again() -> None:
+    found = [whole for total in range(1, MAX_PARTITIONS + 1) for _, (whole,) in covers(total)]
+    assert {step[0] for row_sum in found for step in row_sum.steps} == set(KINDS)
+    scratch = [len({step[1] for step in row_sum.steps}) for row_sum in found]
+    assert any(count < len(row_sum.steps) for count, row_sum in zip(scratch, found, strict=True))
+
+
+def test_eight_rows_are_one_step_and_one_row_is_a_copy() -> None:
+    assert sums(8, [(i, i + 1) for i in range(8)])[0].steps == ((8, 8, 0, 1, 2, 3, 4, 5, 6, 7),)
+    assert sums(8, [(0, 8)])[0].steps == ((1, 1, 0),)
 
 
 def test_rows_with_a_gap_stay_apart() -> None:
-    assert additions(8, [(0, 2), (4, 8)]) == ([], [0, 1])
-    assert additions(8, [(3, 4), (6, 8), (0, 2)]) == ([], [2, 0, 1])
-    assert additions(8, []) == ([], [])
+    assert [row_sum.rows for row_sum in sums(8, [(0, 2), (4, 8)])] == [(0,), (1,)]
+    assert [row_sum.rows for row_sum in sums(8, [(3, 4), (6, 8), (0, 2)])] == [(2,), (0,), (1,)]
+    assert sums(8, []) == []
 
 
 @pytest.mark.parametrize("totals", ALL_TOTALS)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mpidl.errors import LayoutError
 from mpidl.kernels import BLOCK_SIZE
-from mpidl.parameters.layout import FlatLayout, Piece
+from mpidl.parameters.layout import FlatLayout, Shards, Slice
 from mpidl.parameters.model import Group
 from mpidl.parameters.update import ELEMENT_WISE, OptimizerFactory, ShardOptimizer
 
@@ -94,53 +94,89 @@ def gradients() -> list[Float32Array]:
     return found
 
 
-class Cut:
-    """Shard optimizers over one vector of weights, one per shard."""
+Spread = list[list[Slice]]
+"""Each owner's slices."""
 
-    def __init__(self, name: str, groups: list[Group], shards: list[Piece], weights: Float32Array) -> None:
+
+class Cut:
+    """Shard optimizers over one vector of weights, one per owner, each stepped some slices at a time."""
+
+    def __init__(
+        self, name: str, groups: list[Group], spread: Spread, weights: Float32Array, at_a_time: int | None = None
+    ) -> None:
         self.weights = weights.copy()
         self._parts = []
-        for start, stop in shards:
-            gradient = np.zeros(stop - start, np.float32)
-            update = ShardOptimizer(factory_of(name), groups, LAYOUT, self.weights, gradient, (start, stop))
-            self._parts.append((update, gradient))
+        self._at_a_time = at_a_time
+        for slices in spread:
+            gradient = np.zeros(sum(each.size for each in slices), np.float32)
+            update = ShardOptimizer(factory_of(name), groups, LAYOUT, self.weights, gradient, slices)
+            self._parts.append((update, gradient, slices))
 
     def step(self, gradient: Float32Array) -> None:
-        for update, own in self._parts:
-            own[:] = gradient[slice(*update.shard)]
-            update.step()
+        for update, own, slices in self._parts:
+            assert update.goes_by_slices
+            stride = self._at_a_time or max(len(slices), 1)
+            for first in range(0, max(len(slices), 1), stride):
+                last = min(first + stride, len(slices))
+                own[:] = np.nan  # what is not to be used yet
+                for each in slices[first:last]:
+                    own[each.own] = gradient[each.start : each.stop]
+                update.step(first, last)
 
     def state(self) -> tuple[dict[str, Float32Array], list[dict[str, Any]]]:
         """The state of all shards, as a checkpoint would hold it."""
         vectors: dict[str, Float32Array] = {}
-        for update, _ in self._parts:
+        for update, _, slices in self._parts:
             for key, values in update.arrays().items():
-                vectors.setdefault(key, np.zeros(LAYOUT.size, np.float32))[slice(*update.shard)] = values
-        entries = zip(*(update.scalars() for update, _ in self._parts), strict=True)
+                whole = vectors.setdefault(key, np.zeros(LAYOUT.size, np.float32))
+                for each in slices:
+                    whole[each.start : each.stop] = values[each.own]
+        entries = zip(*(update.scalars() for update, _, _ in self._parts), strict=True)
         scalars: list[dict[str, Any]] = [next((entry for entry in group if entry), {}) for group in entries]
         scalars = json.loads(json.dumps(scalars))
         return vectors, scalars
 
     def load(self, vectors: dict[str, Float32Array], scalars: list[dict[str, Any]]) -> None:
-        for update, _ in self._parts:
-            update.load({key: values[slice(*update.shard)] for key, values in vectors.items()}, scalars)
+        for update, _, slices in self._parts:
+            own = {
+                key: np.concatenate([np.empty(0, np.float32), *(values[each.start : each.stop] for each in slices)])
+                for key, values in vectors.items()
+            }
+            update.load(own, scalars)
 
 
-def cut_at(blocks: list[int]) -> list[Piece]:
+def slices_of(start: int, stop: int, most: int) -> list[Slice]:
+    """One contiguous shard, cut into slices."""
+    return [Slice(first, min(first + most, stop), first - start) for first in range(start, stop, most)]
+
+
+def cut_at(blocks: list[int], slice_blocks: int = 99) -> Spread:
     cuts = [0, *(min(LAYOUT.size, BLOCK_SIZE * block) for block in sorted(blocks)), LAYOUT.size]
-    return list(itertools.pairwise(cuts))
+    return [slices_of(start, stop, slice_blocks * BLOCK_SIZE) for start, stop in itertools.pairwise(cuts)]
+
+
+def dealt(world_size: int, num_cells: int, slice_blocks: int) -> Spread:
+    """Cell by cell, so that every owner has pieces in several places."""
+    shards = Shards.of(LAYOUT.size, world_size, BLOCK_SIZE, num_cells=num_cells)
+    return [shards.slices(rank, slice_blocks * BLOCK_SIZE) for rank in range(world_size)]
 
 
 NUM_BLOCKS = -(-LAYOUT.size // BLOCK_SIZE)
+WHOLE = cut_at([])
 FINEST = cut_at(list(range(1, NUM_BLOCKS)))
-CUTS = st.lists(st.integers(0, NUM_BLOCKS), max_size=6).map(cut_at)
+SCATTERED = dealt(2, 2, 1)
+BLOCKS = st.integers(1, NUM_BLOCKS)
+CUTS = st.builds(cut_at, st.lists(st.integers(0, NUM_BLOCKS), max_size=6), BLOCKS) | st.builds(
+    dealt, st.integers(1, 7), BLOCKS, BLOCKS
+)
+AT_A_TIME = st.none() | st.integers(1, NUM_BLOCKS)
 
 
 @functools.cache
 def uncut(name: str, *, two: bool) -> tuple[bytes, dict[str, bytes], str]:
-    """Weights and state after STEPS steps over the whole vector, by one torch optimizer without ShardOptimizer."""
+    """Weights and state after STEPS steps over the whole vector at once."""
     groups = two_groups() if two else one_group()
-    whole = Cut(name, groups, [(0, LAYOUT.size)], start_weights())
+    whole = Cut(name, groups, WHOLE, start_weights())
     for gradient in gradients()[:STEPS]:
         whole.step(gradient)
     vectors, scalars = whole.state()
@@ -210,18 +246,25 @@ def as_array(tensor: torch.Tensor) -> Float32Array:
 @pytest.mark.parametrize("two", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_finest_cut_has_the_bits_of_no_cut(name: str, two: bool) -> None:
-    check_cut(name, FINEST, two=two)
+    check_cut(name, FINEST, None, two=two)
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one group", "two groups"])
+@pytest.mark.parametrize("name", NAMES)
+def test_slice_by_slice_has_the_bits_of_the_whole_at_once(name: str, two: bool) -> None:
+    assert max(len(slices) for slices in SCATTERED) > 2
+    check_cut(name, SCATTERED, 1, two=two)
 
 
 @settings(max_examples=60)
-@given(name=st.sampled_from(NAMES), shards=CUTS, two=st.booleans())
-def test_any_cut_has_the_bits_of_no_cut(name: str, shards: list[Piece], two: bool) -> None:
-    check_cut(name, shards, two=two)
+@given(name=st.sampled_from(NAMES), spread=CUTS, at_a_time=AT_A_TIME, two=st.booleans())
+def test_any_cut_has_the_bits_of_no_cut(name: str, spread: Spread, at_a_time: int | None, two: bool) -> None:
+    check_cut(name, spread, at_a_time, two=two)
 
 
-def check_cut(name: str, shards: list[Piece], *, two: bool) -> None:
+def check_cut(name: str, spread: Spread, at_a_time: int | None, *, two: bool) -> None:
     weights, vectors, scalars = uncut(name, two=two)
-    cut = Cut(name, two_groups() if two else one_group(), shards, start_weights())
+    cut = Cut(name, two_groups() if two else one_group(), spread, start_weights(), at_a_time)
     for gradient in gradients()[:STEPS]:
         cut.step(gradient)
     own_vectors, own_scalars = cut.state()
@@ -241,15 +284,22 @@ def test_gaps_between_tensors_stay_zero(name: str) -> None:
 
 
 @settings(max_examples=60)
-@given(name=st.sampled_from(NAMES), before=CUTS, after=CUTS, steps=st.integers(0, STEPS - 1), two=st.booleans())
+@given(
+    name=st.sampled_from(NAMES),
+    before=CUTS,
+    after=CUTS,
+    at_a_time=AT_A_TIME,
+    steps=st.integers(0, STEPS - 1),
+    two=st.booleans(),
+)
 def test_state_taken_midway_goes_on_over_another_cut_with_the_bits_of_the_undisturbed_run(
-    name: str, before: list[Piece], after: list[Piece], steps: int, two: bool
+    name: str, before: Spread, after: Spread, at_a_time: int | None, steps: int, two: bool
 ) -> None:
     groups = two_groups() if two else one_group()
-    first = Cut(name, groups, before, start_weights())
+    first = Cut(name, groups, before, start_weights(), at_a_time)
     for gradient in gradients()[:steps]:
         first.step(gradient)
-    second = Cut(name, groups, after, first.weights)
+    second = Cut(name, groups, after, first.weights, at_a_time)
     second.load(*first.state())
     for gradient in gradients()[steps:STEPS]:
         second.step(gradient)
@@ -272,22 +322,22 @@ def test_the_state_matters(name: str) -> None:
 
 
 def test_loaded_state_is_a_copy() -> None:
-    first = Cut("SGD momentum", one_group(), [(0, LAYOUT.size)], start_weights())
+    first = Cut("SGD momentum", one_group(), WHOLE, start_weights())
     first.step(gradients()[0])
     vectors, scalars = first.state()
     kept = {key: values.copy() for key, values in vectors.items()}
-    second = Cut("SGD momentum", one_group(), [(0, LAYOUT.size)], first.weights)
+    second = Cut("SGD momentum", one_group(), WHOLE, first.weights)
     second.load(vectors, scalars)
     second.step(gradients()[1])
     assert all(np.array_equal(vectors[key], kept[key]) for key in kept)
 
 
 def test_an_empty_shard_has_no_state_and_takes_any() -> None:
-    whole = Cut("Adam", two_groups(), [(0, LAYOUT.size)], start_weights())
+    whole = Cut("Adam", two_groups(), WHOLE, start_weights())
     whole.step(gradients()[0])
     vectors, scalars = whole.state()
     for place in (0, BLOCK_SIZE, LAYOUT.size):
-        empty = Cut("Adam", two_groups(), [(place, place)], start_weights())
+        empty = Cut("Adam", two_groups(), [slices_of(place, place, BLOCK_SIZE)], start_weights())
         empty.step(gradients()[0])
         assert empty.state() == ({}, [{}, {}])
         empty.load(vectors, scalars)
@@ -295,8 +345,15 @@ def test_an_empty_shard_has_no_state_and_takes_any() -> None:
         assert empty.weights.tobytes() == start_weights().tobytes()
 
 
+def shard_optimizer(factory: Any, groups: list[Group] | None = None) -> ShardOptimizer:
+    """Over the whole vector in slices of one block."""
+    gradient = np.zeros(LAYOUT.size, np.float32)
+    slices = slices_of(0, LAYOUT.size, BLOCK_SIZE)
+    return ShardOptimizer(factory, groups or one_group(), LAYOUT, start_weights(), gradient, slices)
+
+
 def make(factory: Any) -> None:
-    ShardOptimizer(factory, one_group(), LAYOUT, start_weights(), np.zeros(LAYOUT.size, np.float32), (0, LAYOUT.size))
+    shard_optimizer(factory)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Adafactor", "SparseAdam", "Muon"])
@@ -323,7 +380,36 @@ def test_an_element_wise_optimizer_of_the_users_own_is_taken() -> None:
     class Own(torch.optim.SGD):
         pass
 
-    make(functools.partial(Own, lr=0.1))
+    assert not shard_optimizer(functools.partial(Own, lr=0.1)).goes_by_slices  # it may count its calls
+
+
+def test_an_optimizer_with_hooks_is_stepped_once_for_all_slices() -> None:
+    update = shard_optimizer(factory_of("Adam"))
+    assert update.goes_by_slices
+    for register in (update.optimizer.register_step_pre_hook, update.optimizer.register_step_post_hook):
+        handle = register(lambda *_: None)
+        assert not update.goes_by_slices
+        handle.remove()
+        assert update.goes_by_slices
+
+
+def test_between_two_steps_the_param_groups_hold_all_tensors_also_after_an_exception() -> None:
+    update = shard_optimizer(factory_of("SGD"), two_groups())
+    tensors = [list(map(id, group["params"])) for group in update.optimizer.param_groups]
+    seen: list[int] = []
+    step = update.optimizer.step
+
+    def counting() -> None:
+        seen.append(sum(len(group["params"]) for group in update.optimizer.param_groups))
+        step()
+
+    update.optimizer.step = counting  # type: ignore[method-assign, assignment]
+    update.step(0, 2)
+    update.optimizer.param_groups[1]["lr"] = torch.zeros(2)  # which SGD cannot take
+    with pytest.raises(Exception, match="(?s)."):
+        update.step(1, 3)
+    assert [list(map(id, group["params"])) for group in update.optimizer.param_groups] == tensors
+    assert all(0 < count < sum(map(len, tensors)) for count in seen)
 
 
 @pytest.fixture
@@ -344,11 +430,13 @@ def test_threads_that_cut_a_shard_again_do_not_change_bits(name: str) -> None:
     start, gradient = generator.standard_normal((2, size)).astype(np.float32)
     found = []
     for cuts in ([0, size], [0, 9 * BLOCK_SIZE, size], [0, 17 * BLOCK_SIZE, 18 * BLOCK_SIZE, size]):
-        weights = start.copy()
-        for shard in itertools.pairwise(cuts):
-            own = gradient[slice(*shard)].copy()
-            update = ShardOptimizer(factory_of(name), [({}, ("p",))], layout, weights, own, shard)
-            for _ in range(3):
-                update.step()
-        found.append(weights.tobytes())
+        for most in (size, 7 * BLOCK_SIZE):
+            weights = start.copy()
+            for first, last in itertools.pairwise(cuts):
+                own, slices = gradient[first:last].copy(), slices_of(first, last, most)
+                update = ShardOptimizer(factory_of(name), [({}, ("p",))], layout, weights, own, slices)
+                for _ in range(3):
+                    for index in range(len(slices)):
+                        update.step(index, index + 1)
+            found.append(weights.tobytes())
     assert len(set(found)) == 1

@@ -1,0 +1,62 @@
+"""The flags of `mpidl bench`. No MPI, no torch: help has to be quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+def add_benches(bench: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Give the parser of `mpidl bench` its benchmarks; returns their parsers by name, `bench sync` and so on."""
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    sync = kinds.add_parser(
+        "sync", help="gradient sum, update and weights everywhere, without compute", allow_abbrev=False
+    )
+    sync.add_argument("--millions", type=_positive(float), default=25.0, help="million parameters (default: 25)")
+    sync.add_argument("--model", dest="model_name", metavar="NAME", help="the parameters of this model instead")
+    step = kinds.add_parser("step", help="whole iterations of a model", allow_abbrev=False)
+    step.add_argument(
+        "--model", dest="model_name", metavar="NAME", default="vgg16_32", help="what to train (default: vgg16_32)"
+    )
+    step.add_argument("--batch", type=_positive(int), default=32, metavar="N", help="images of each rank (default: 32)")
+    step.add_argument(
+        "--iterations", type=_positive(int), default=4, metavar="N", help="in one repetition of a way (default: 4)"
+    )
+    for parser in (sync, step):
+        parser.add_argument(
+            "--optimizer", dest="optimizer_name", choices=OPTIMIZERS, default="sgd",
+            help="sgd has momentum (default: sgd)",
+        )  # fmt: skip
+        parser.add_argument("--ways", metavar="A,B", help="only these (default: all that can be run here)")
+        parser.add_argument(
+            "--wire-gbit", type=_positive(float), metavar="GBIT", help="a node's link (default: measured)"
+        )
+    kernels = kinds.add_parser("kernels", help="sums of rows on one rank", allow_abbrev=False)
+    kernels.add_argument("--millions", type=_positive(float), default=25.0, help="million elements (default: 25)")
+    for parser, repeats in ((sync, 15), (step, 8), (kernels, 15)):
+        _add_common(parser, repeats)
+    return {"bench sync": sync, "bench step": step, "bench kernels": kernels}
+
+
+def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument(
+        "--repeats", type=_positive(int), default=repeats, metavar="N", help=f"of each way (default: {repeats})"
+    )
+    parser.add_argument("--threads", type=_positive(int), default=1, metavar="N", help="of each rank (default: 1)")
+    parser.add_argument("--json", dest="json_file", metavar="FILE", help="write all figures there")
+    parser.add_argument("--picture", dest="picture_file", metavar="FILE", help="draw them (needs matplotlib)")
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{' without decimals' * (kind is int)}")
+        return value
+
+    return convert

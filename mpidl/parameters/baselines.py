@@ -1,0 +1,125 @@
+"""The ways that the parameter manager replaces, as real strategies to select and to measure against.
+
+Every rank stands for itself: no node shares memory, each holds its own weights. One iteration:
+
+1. *collect*: each rank adds its rows up into one, then
+   - `driver`: all gradients go to rank 0, which adds them in rank order (Spark's reduce);
+   - `tree`: MPI_Reduce to rank 0, over several levels (Spark's treeAggregate);
+   - `allreduce`: MPI_Allreduce, to everyone (Horovod, DistributedDataParallel).
+   An allgather brings every partition's counters to all.
+2. *update*: rank 0, with the whole optimizer; with `allreduce` every rank, each with a whole optimizer of its own.
+3. *publish*: rank 0 broadcasts the weights; with `allreduce` nothing is left to do.
+
+The sums' order is that of ranks or of the MPI library: not bit-stable. If a rank stops, the others wait in a
+collective until the job is ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl import kernels
+from mpidl.parameters.assignment import Assignment, row_plan
+from mpidl.parameters.counters import Counters
+from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
+from mpidl.parameters.layout import Shards, Slice
+
+BASELINES = ("driver", "tree", "allreduce")
+
+
+def shards_for(strategy: str, size: int, world_size: int) -> Shards:
+    """Rank 0 owns everything; with `allreduce` every rank does."""
+    whole, nothing = ((0, size),), ((0, 0),)
+    is_owner = [strategy == "allreduce" or rank == 0 for rank in range(world_size)]
+    return Shards(whole, tuple(whole if owns else nothing for owns in is_owner))
+
+
+class Baseline:
+    """The exchange of one vector between ranks that share nothing; what `Pipeline` is to the parameter manager."""
+
+    masters = None
+
+    def __init__(self, exchange: Exchange, counters: Counters, strategy: str) -> None:
+        self.exchange = exchange
+        self.buckets = exchange.buckets(1)
+        self.order = self.buckets
+        self._counters = counters
+        self._strategy = strategy
+        self._total = np.empty(exchange.size, np.float32)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradient takes in one row and summed."""
+        return self._total.nbytes + self.exchange.sum.nbytes
+
+    def begin(self, assignment: Assignment) -> None:
+        """Nothing is announced here."""
+
+    def announce(self, index: int) -> None:
+        """Nothing is announced here."""
+
+    def collect(self, assignment: Assignment) -> float:
+        """Bring the sum over all ranks to those that update, and the counters to all. Collective."""
+        world = self.exchange.world
+        self._add_own_rows(assignment)
+        self._counters.read_node(world, assignment)
+        if self._strategy == "allreduce":
+            world.start_allreduce(self._total, self.exchange.sum).wait()
+        elif self._strategy == "tree":
+            world.start_reduce(self._total, self.exchange.sum).wait()
+        else:
+            self._gather()
+        for pending in self._counters.allgather(world, assignment):
+            pending.wait()
+        return 0.0
+
+    def _add_own_rows(self, assignment: Assignment) -> None:
+        world = self.exchange.world
+        plan = row_plan(assignment, world.node_of, world.rank)
+        self._total.fill(0)
+        for addends in plan.sent:
+            addresses = self.exchange.addresses([plan.local[i] for i in addends.rows], 0)
+            part = np.empty_like(self._total)
+            kernels.add_rows(np.array(addresses, dtype=np.int64), addends.steps, part)
+            self._total += part
+
+    def _gather(self) -> None:
+        """All gradients at rank 0 at once, as many as there are ranks: what limits this strategy."""
+        gathered = self.exchange.world.gather(self._total)
+        if gathered is not None:
+            np.sum(gathered, axis=0, out=self.exchange.sum)
+
+    def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
+        """Turn the sum over a slice into the mean; `squares` as `kernels.mean_rows` has it."""
+        kernels.divide(self.own_gradient(piece), divisor, squares)
+
+    def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
+        """Where `mean` leaves a slice's gradient."""
+        return self.exchange.sum[piece.own]
+
+    def own_weights(self, piece: Slice) -> Float32Array:
+        """Where the optimizer updates a slice."""
+        return self.exchange.result[piece.start : piece.stop]
+
+    def take_weights(self) -> None:
+        """There are no others than this rank's copy."""
+
+    def begin_publishing(self) -> None:
+        """Weights are published all at once."""
+
+    def publish(self, bucket: Bucket) -> None:
+        """Weights are published all at once."""
+
+    def end_publishing(self) -> None:
+        """Bring rank 0's weights to all. Collective."""
+        if self._strategy != "allreduce":
+            self.exchange.world.broadcast(self.exchange.result)
+
+    def wait(self, indices: Iterable[int] | None = None) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is left to end."""

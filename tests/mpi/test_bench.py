@@ -1,0 +1,118 @@
+"""Benchmarks on any number of ranks and nodes: all ways agree, one that does not is found, times are everybody's."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mpidl.bench import gloo, horovod, limits, step, sync
+from mpidl.bench.cases import OPTIMIZERS, Exchanged, batch_for, build_model
+from mpidl.bench.exchange_ways import WAYS, GlooAllreduce
+from mpidl.bench.measuring import time_in_turn
+from mpidl.bench.step_ways import ALONE, Alone, Clock, Ddp
+from mpidl.errors import DisagreementError
+from mpidl.runtime import World, faults
+from tests.mpi.worlds import node_layouts, with_nodes
+
+# torch.distributed.optim, where ZeroRedundancyOptimizer lives, compiles functions as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+SHAPES = [(30, 10), (5000,), (1,)]
+
+
+class Sleeper:
+    def __init__(self, seconds: float, told: list[str], name: str) -> None:
+        self.seconds, self.told, self.name = seconds, told, name
+
+    def prepare(self) -> None:
+        self.told.append(self.name)
+
+    def run(self) -> None:
+        time.sleep(self.seconds)
+
+
+class OnlyItsOwn(GlooAllreduce):
+    """Leaves out the other ranks."""
+
+    def run(self) -> None:
+        self._optimizer.step()
+
+
+class Forgets(Alone):
+    """Never updates."""
+
+    def finish(self, clock: Clock) -> None:
+        self.module.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_all_ways_give_the_weights_of_a_float64_optimizer(world: World, optimizer: str) -> None:
+    unusable = horovod.unusable()
+    with gloo.group(world):
+        for sizes in node_layouts(world):
+            with with_nodes(world, sizes) as other:
+                exchanged = Exchanged.of("x", SHAPES, OPTIMIZERS[optimizer], other.rank)
+                ways = {name: make(other, exchanged) for name, make in WAYS.items() if name not in unusable}
+                sync.check(other, exchanged, ways)
+                for way in ways.values():
+                    way.close()
+
+
+def test_a_way_that_leaves_ranks_out_is_found_on_all_ranks(world: World) -> None:
+    exchanged = Exchanged.of("x", SHAPES, OPTIMIZERS["sgd"], world.rank)
+    with gloo.group(world):
+        ways = {"right": GlooAllreduce(world, exchanged), "wrong": OnlyItsOwn(world, exchanged)}
+        if world.size == 1:
+            sync.check(world, exchanged, ways)
+            return
+        with pytest.raises(DisagreementError, match="the weights of wrong are") as caught:
+            sync.check(world, exchanged, ways)
+    assert faults.is_on_all_ranks(caught.value)
+
+
+def test_a_way_that_trains_otherwise_is_found_by_its_losses(world: World) -> None:
+    model = build_model("lenet5")
+    batch = batch_for(model, 4, world.rank)
+    with gloo.group(world):
+        makers = {ALONE: Alone, "right": Ddp, "wrong": Forgets}
+        loops = {
+            name: step.Loop(world, make(world, build_model("lenet5"), OPTIMIZERS["sgd"]), batch, 1)
+            for name, make in makers.items()
+        }
+        with pytest.raises(DisagreementError, match="the first losses of wrong are .* those of right") as caught:
+            step.check(world, loops)
+    assert faults.is_on_all_ranks(caught.value)
+
+
+def test_a_repetition_takes_as_long_as_on_the_slowest_rank(world: World) -> None:
+    told: list[str] = []
+    slow = Sleeper(0.03 if world.rank == world.size - 1 else 0.0, told, "slow")
+    timings = time_in_turn(world, {"slow": slow, "quick": Sleeper(0.0, told, "quick")}, 2)
+    assert timings["slow"].seconds >= 0.03 > timings["quick"].spread[0]
+    assert told == ["slow", "quick", "quick", "slow", "slow", "quick"], "each repetition begins with another way"
+    assert len(set(world.allgather_object(timings["slow"]))) == 1
+    assert timings["slow"].divided(3).seconds == timings["slow"].seconds / 3
+
+
+def test_the_wire_has_a_limit_between_nodes_only(world: World) -> None:
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            seconds = limits.wire_seconds(other, 1000, 8.0)  # 1e9 bytes a second
+            expected = 8 * 1000 * (len(sizes) - 1) / len(sizes) / 1e9
+            assert (seconds or 0.0) == pytest.approx(expected)
+            measured = limits.wire_seconds(other, 1000, None)
+            assert (measured is None) == (len(sizes) == 1)
+            assert set(other.allgather_object(measured)) == {measured}
+
+
+def test_the_copy_that_is_the_limit_moves_a_rank_s_part_of_the_bytes(world: World) -> None:
+    with with_nodes(world, (world.size,) if len(set(world.hostnames)) == 1 else (1,) * world.size) as other:
+        copy = limits.Copy(other, 8000.0 * other.local_size)
+        assert copy._source.numel() == 1000
+        copy.run()
+        assert torch.equal(copy._target, torch.ones(1000))
+        total = other.allreduce(np.array([2 * 4 * copy._source.numel()]))
+        assert total[0] == 8000 * other.size
