@@ -110,6 +110,10 @@ class Config:
     wire: Literal["float32", "bfloat16"] = setting(
         "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"
     )
+    bucket_mb: float | Literal["auto"] = setting(
+        "auto", "MiB of gradients that travel together between nodes; auto: what is fastest in the first iterations",
+        minimum=0,
+    )  # fmt: skip
     clip_norm: float | None = setting(None, "bound of the gradient's norm; default: none", minimum=0)
     clip_value: float | None = setting(None, "bound of each gradient element's magnitude; default: none", minimum=0)
     threads_per_rank: int | Literal["auto"] = setting(

@@ -80,6 +80,7 @@ def build_trainer(
         seed=config.seed,
         reduction=config.reduction,
         wire=config.wire,
+        bucket_mb=None if config.bucket_mb == "auto" else config.bucket_mb,
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,
         threads_per_rank=None if config.threads_per_rank == "auto" else config.threads_per_rank,

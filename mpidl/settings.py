@@ -34,6 +34,7 @@ class Settings:
     seed: int
     reduction: str
     wire: str
+    bucket_mb: float | None
     clip_norm: float | None
     clip_value: float | None
     loader_workers: int

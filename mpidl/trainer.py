@@ -41,6 +41,7 @@ class Trainer:
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
+        bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.
         threads_per_rank: torch threads; default: the cores that the rank really has, divided by the ranks that share
@@ -68,6 +69,7 @@ class Trainer:
         seed: int = 0,
         reduction: str = "ordered",
         wire: str = "float32",
+        bucket_mb: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         threads_per_rank: int | None = None,
@@ -93,6 +95,7 @@ class Trainer:
             seed=seed,
             reduction=reduction,
             wire=wire,
+            bucket_mb=bucket_mb,
             clip_norm=clip_norm,
             clip_value=clip_value,
             loader_workers=loader_workers,
@@ -197,6 +200,7 @@ class Trainer:
                 self._settings.optimizer,
                 reduction=self._settings.reduction,
                 wire=self._settings.wire,
+                bucket_mb=self._settings.bucket_mb,
                 clip_norm=self._settings.clip_norm,
                 clip_value=self._settings.clip_value,
                 param_groups=self._settings.param_groups,

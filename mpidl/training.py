@@ -189,6 +189,7 @@ class Training:
             seconds=seconds,
             samples_per_s=sums[2] / seconds,
             group_size=plan.num_iterations,
+            bucket_bytes=self._manager.bucket_bytes,
             phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
             slowest_rank=int(busy.argmax()),

@@ -36,17 +36,22 @@ class Gate:
         wait: Callable[[set[int]], None],
     ) -> None:
         self._wait = wait
-        self._pending: set[int] = set()
-        self._all = set(range(len(buckets)))
-        self._buckets_of = {
-            id(parameter): {b for b, (start, stop) in enumerate(buckets) if slot.offset < stop and start < slot.stop}
-            for (_, parameter), slot in zip(parameters, layout.slots, strict=True)
-        }
+        self._slots = [(id(p), slot) for (_, p), slot in zip(parameters, layout.slots, strict=True)]
+        self.set_buckets(buckets)
         self._hooks: list[Any] = []
         self._modules = [module for module in model.modules() if module._parameters]
         for module in self._modules:
             self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, module)))
             module._parameters = GatedParameters(module._parameters, self)
+
+    def set_buckets(self, buckets: Sequence[Piece]) -> None:
+        """Other buckets, while all weights are complete."""
+        self._pending: set[int] = set()
+        self._all = set(range(len(buckets)))
+        self._buckets_of = {
+            key: {b for b, (start, stop) in enumerate(buckets) if slot.offset < stop and start < slot.stop}
+            for key, slot in self._slots
+        }
 
     def shut(self) -> None:
         """All weights are about to change."""

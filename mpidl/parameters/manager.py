@@ -22,6 +22,7 @@ from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.baselines import BASELINES
+from mpidl.parameters.bucket_size import BucketSize
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.gate import Gate
@@ -64,6 +65,8 @@ class ParameterManager:
             float32).
         clip_norm: bound of the mean gradient's L2 norm over all parameters, as torch's `clip_grad_norm_` has it.
         clip_value: bound of the magnitude of each of its elements; applied before `clip_norm`.
+        bucket_mb: MiB of gradients that are exchanged together, in steps of the vector's cells (1 MiB or more);
+            default: what proves fastest in the first iterations.
         param_groups: as torch's: a list of dicts with "params" and options; must hold every trainable parameter once.
         world: default `mpidl.init()`.
         assignment: who computes which partitions; default: rank r is partition r.
@@ -82,6 +85,7 @@ class ParameterManager:
         wire: str = "float32",
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        bucket_mb: float | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         world: World | None = None,
         assignment: Assignment | None = None,
@@ -98,6 +102,8 @@ class ParameterManager:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
             clipping = Clipping(clip_norm, clip_value)
             clipping.check()
+            if bucket_mb is not None and not bucket_mb > 0:
+                raise LayoutError(f"bucket_mb is {bucket_mb}; it must be a positive number, or None")
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
@@ -119,6 +125,7 @@ class ParameterManager:
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
+        self._bucket_size = self._make_bucket_size(bucket_mb)
         own_weights = [self._sync.route.own_weights(each) for each in self._sync.slices]
         own_gradients = [self._sync.route.own_gradient(each) for each in self._sync.slices]
         with self.world.agreed("making the optimizer"):
@@ -162,6 +169,16 @@ class ParameterManager:
         if not isinstance(route, Pipeline):
             return None
         return Gate(self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], route.wait)
+
+    def _make_bucket_size(self, bucket_mb: float | None) -> BucketSize | None:
+        route = self._sync.route
+        if not isinstance(route, Pipeline):
+            return None
+        cells = route.exchange.shards.cells
+        fixed = None if bucket_mb is None else round(bucket_mb * 2**20 / 4 / (cells[0][1] - cells[0][0] or 1))
+        made = BucketSize(self.world, len(cells), fixed)
+        self._set_bucket_size(made.value)
+        return made
 
     # --- partitions -----------------------------------------------------------------------------------------------
 
@@ -217,10 +234,27 @@ class ParameterManager:
         table = self._sync.synchronize(assignment, self._update)
         if self._gate is not None:
             self._gate.shut()
+        self._rows.tell_autograd()
+        if self._bucket_size is not None and self._bucket_size.observe():
+            self.wait()
+            self._set_bucket_size(self._bucket_size.value)
         if wait:
             self.wait()
-        self._rows.tell_autograd()
         return table
+
+    def _set_bucket_size(self, num_cells: int) -> None:
+        route = self._sync.route
+        assert isinstance(route, Pipeline)
+        assert self._gate is not None
+        route.set_bucket_size(num_cells)
+        spans = [bucket.span for bucket in route.buckets]
+        self._rows.set_buckets(spans)
+        self._gate.set_buckets(spans)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of float32 that are exchanged together, at the most."""
+        return 4 * max(stop - start for start, stop in (bucket.span for bucket in self._sync.route.buckets))
 
     def wait(self) -> None:
         """Return when the weights are complete on this rank's node. Collective where there is one node only."""

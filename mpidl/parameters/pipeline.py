@@ -59,9 +59,7 @@ class Pipeline:
         self, exchange: Exchange, counters: Counters, reduction: Reduction, wire: Wire, cells_per_bucket: int = 1
     ) -> None:
         self.exchange = exchange
-        self.buckets = exchange.buckets(cells_per_bucket)
-        self.order = list(reversed(self.buckets))
-        """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
+        self.set_bucket_size(cells_per_bucket)
         self._counters = counters
         self._reduction = reduction
         self._wire = wire
@@ -77,6 +75,12 @@ class Pipeline:
         self._updated: dict[int, Flag] = {}
         self._published: dict[int, Flag] = {}
 
+    def set_bucket_size(self, num_cells: int) -> None:
+        """Make buckets of so many cells, between two iterations and when all weights are published. Collective."""
+        self.buckets = self.exchange.buckets(num_cells)
+        self.order = list(reversed(self.buckets))
+        """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
+
     @property
     def gradient_bytes(self) -> int:
         """What the summed gradient takes, and the masters where there are any."""
@@ -91,7 +95,7 @@ class Pipeline:
                 return False
             self.collect(self._job.assignment)  # an exception ended that iteration on all ranks; its rows are of no use
         if self._published:
-            self.wait([self.order[-1].index])  # the first to be published: rows may be written from then on
+            self.wait([0])  # the first to be published: rows may be written from then on
         world = self.exchange.world
         plan = row_plan(assignment, world.node_of, world.rank)
         self._job = Job(self.exchange, assignment, plan, self._wire, self._reducing)

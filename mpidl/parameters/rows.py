@@ -117,6 +117,10 @@ class GradientRows:
         """Whether any bucket of the row was announced."""
         return self._announcements.has_announced
 
+    def set_buckets(self, buckets: Sequence[Piece]) -> None:
+        """Cut rows into other buckets, while none is open."""
+        self._announcements.set_buckets(buckets)
+
     def tell_autograd(self) -> None:
         """Let graphs kept over an update fail, as after any change in place: the optimizer has views of its own."""
         torch.autograd.graph.increment_version([parameter for _, parameter in self._parameters])
@@ -143,11 +147,9 @@ class Announcements:
     """
 
     def __init__(self, spans: Sequence[Piece], buckets: Sequence[Piece], announce: Callable[[int], None]) -> None:
-        self._buckets_of = [
-            [b for b, (start, stop) in enumerate(buckets) if first < stop and start < last] for first, last in spans
-        ]
-        self._num_buckets = len(buckets)
+        self._spans = spans
         self._announce = announce
+        self.set_buckets(buckets)
         self._expected: list[int] | None = None
         self._counts = [0] * len(spans)
         self._versions: dict[int, int] = {}
@@ -156,6 +158,14 @@ class Announcements:
         self._is_spoiled = False
         self.has_announced = False
         """Whether any bucket of the row was announced."""
+
+    def set_buckets(self, buckets: Sequence[Piece]) -> None:
+        """Cut the row into other buckets, while none is open."""
+        self._buckets_of = [
+            [b for b, (start, stop) in enumerate(buckets) if first < stop and start < last]
+            for first, last in self._spans
+        ]
+        self._num_buckets = len(buckets)
 
     def begin(self) -> None:
         """An exchange begins to which nothing was announced yet."""
