@@ -154,6 +154,8 @@ class Announcements:
         self._counts = [0] * len(spans)
         self._versions: dict[int, int] = {}
         self._missing: list[int] = []
+        self._without: list[int] = []
+        self._num_openings = self._expected_openings = 0
         self._is_last = False
         self._is_spoiled = False
         self.has_announced = False
@@ -170,6 +172,7 @@ class Announcements:
     def begin(self) -> None:
         """An exchange begins to which nothing was announced yet."""
         self._is_spoiled = self.has_announced = False
+        self._num_openings = 0
 
     def open(self, is_last: bool) -> list[int]:
         """Begin a row; returns the parameters that will receive no gradient, if they are as last time."""
@@ -179,13 +182,18 @@ class Announcements:
         self._counts = [0] * len(self._buckets_of)
         self._versions = {}
         self._is_last = is_last
-        if not is_last or self._expected is None:
+        self._without = []
+        self._num_openings += is_last
+        # Where rows are thrown away in every iteration (one loss's gradients reach another's model), so is this one.
+        if not is_last or self._expected is None or self._num_openings != self._expected_openings:
             self._missing = []
             return []
         self._missing = [0] * self._num_buckets
         for count, buckets in zip(self._expected, self._buckets_of, strict=True):
             for bucket in buckets:
                 self._missing[bucket] += count > 0
+        # Announced with the first of the others: nothing has to be told again if the row is thrown away before.
+        self._without = [bucket for bucket, missing in enumerate(self._missing) if missing == 0]
         return [index for index, count in enumerate(self._expected) if count == 0]
 
     def is_zero(self, index: int) -> bool:
@@ -200,11 +208,14 @@ class Announcements:
         self._versions[index] = view._version
         if not self._missing or self._expected is None or self._counts[index] != self._expected[index]:
             return
+        complete, self._without = self._without, []
         for bucket in self._buckets_of[index]:
             self._missing[bucket] -= 1
             if self._missing[bucket] == 0:
-                self.has_announced = True
-                self._announce(bucket)
+                complete.append(bucket)
+        for bucket in complete:
+            self.has_announced = True
+            self._announce(bucket)
 
     def replace(self, index: int) -> None:
         """A parameter's view was written by the user's own gradient."""
@@ -224,6 +235,6 @@ class Announcements:
                 if announced.intersection(buckets):
                     holds &= self._counts[index] == self._expected[index]
         if self._is_last:
-            self._expected = list(self._counts)
+            self._expected, self._expected_openings = list(self._counts), self._num_openings
         self._is_spoiled |= not holds
         return holds

@@ -266,7 +266,7 @@ class Case:
 CASES = {
     "plain": Case(Chain, once, all_early=True),
     "frozen": Case(Frozen, once, all_early=True),
-    "unused": Case(Chain, without_some),
+    "unused": Case(Chain, without_some, all_early=True),
     "tied": Case(Tied, once, all_early=True),
     "now and then": Case(Chain, now_and_then),
     "another order": Case(Chain, in_another_order),
@@ -476,7 +476,45 @@ def test_the_managers_zero_grad_forgets_what_was_announced(world: World, watch: 
                 pair.check()
                 watch.next()
             if len(sizes) > 1:
-                assert watch.collects[3] == (1 if when == "before" else 2)
+                assert watch.collects[:6] == [1, 1, 1, 2 if when == "after" else 1, 1, 1]
+                assert watch.early[LEARNT]
+
+
+def test_gradients_of_another_managers_loss_are_thrown_away_and_nothing_is_reduced_twice(
+    world: World, watch: Watch
+) -> None:
+    """An adversarial pair: the generator's loss leaves gradients in the critic."""
+    for sizes in layouts(world):
+        with paired(world, sizes, Chain) as critic, paired(world, sizes, generator) as maker:
+            watch.early, watch.collects = [set()], [0]
+            for iteration in range(ITERATIONS):
+                critic.manager.zero_grad()
+                judged(maker.model, critic.model, world.rank, iteration)
+                critic.manager.step()
+                made_well(maker.model, critic.model, world.rank, iteration)
+                maker.manager.step()
+                critic.step_twin(lambda model, rank, i: judged(maker.twin, model, rank, i), iteration)
+                maker.step_twin(lambda model, rank, i: made_well(model, critic.twin, rank, i), iteration)
+                critic.twin.zero_grad()
+                critic.check()
+                maker.check()
+                watch.next()
+            if len(sizes) > 1:
+                assert watch.collects[:ITERATIONS] == [2] * ITERATIONS  # once each
+                assert all(len(early) >= critic.num_buckets for early in watch.early[LEARNT + 1 : ITERATIONS])
+
+
+def generator() -> nn.Module:
+    return nn.Sequential(nn.Linear(NUM_FEATURES, WIDTH), *[nn.Linear(WIDTH, WIDTH) for _ in range(6)], nn.Linear(WIDTH, NUM_FEATURES))
+
+
+def judged(maker: nn.Module, critic: nn.Module, rank: int, iteration: int) -> None:
+    fake = critic(maker(inputs_of(rank, iteration, 1)).detach())
+    (critic(inputs_of(rank, iteration)).tanh() - fake.tanh()).mean().backward()
+
+
+def made_well(maker: nn.Module, critic: nn.Module, rank: int, iteration: int) -> None:
+    critic(maker(inputs_of(rank, iteration, 1))).tanh().mean().backward()
 
 
 def test_step_with_num_samples_gives_the_exact_mean_and_announces_nothing(world: World, watch: Watch) -> None:

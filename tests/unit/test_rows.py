@@ -42,7 +42,8 @@ class Watched:
     def row(self, added: list[int], *, is_last: bool = True, begins: bool = True) -> bool:
         """One row from its opening to its end; returns whether what was announced held."""
         if begins:
-            self.begin()
+            self.announced.clear()
+            self.announcements.begin()
         self.announcements.open(is_last)
         for index in added:
             self.add(index)
@@ -133,6 +134,20 @@ def test_a_change_before_the_last_gradient_holds() -> None:
     assert watched.announcements.close(watched.views)
 
 
+def test_a_bucket_without_any_gradient_is_announced_with_the_first_of_the_others() -> None:
+    watched = Watched()
+    watched.row([0])
+    watched.begin()
+    assert watched.announced == []  # it may be thrown away still
+    watched.add(0)
+    assert watched.announced == [1, 2, 0]
+    assert watched.announcements.close(watched.views)
+    assert not watched.row([0, 3])
+    watched.row([1])
+    assert watched.row([1])
+    assert watched.announced == [2, 0, 1]
+
+
 def test_a_gradient_that_is_changed_every_time_is_waited_for() -> None:
     watched = Watched()
     told = []
@@ -149,19 +164,36 @@ def test_a_gradient_that_is_changed_every_time_is_waited_for() -> None:
 
 
 def test_a_row_that_is_thrown_away_after_an_announcement_does_not_hold_and_one_before_does() -> None:
+    for thrown_away, expected in (([], True), ([3], False)):
+        watched = Watched()
+        watched.row([3, 2, 1, 0])
+        watched.begin()
+        for index in thrown_away:
+            watched.add(index)
+        assert watched.row([3, 2, 1, 0], begins=False) == expected
+        watched.begin()
+        for index in thrown_away:
+            watched.add(index)
+        watched.announcements.open(True)
+        assert watched.row([2, 1, 0], begins=False)  # thrown away as often as the last time, and once more
+        watched.row([3, 2, 1, 0])
+        assert watched.row([3, 2, 1, 0])
+        assert watched.announced == [2, 1, 0]
+
+
+def test_where_rows_are_thrown_away_every_time_the_last_one_is_announced() -> None:
     watched = Watched()
-    watched.row([3, 2, 1, 0])
-    watched.begin()
-    assert watched.row([3, 2, 1, 0], begins=False)
-    watched.begin()
-    watched.add(3)
-    assert not watched.row([3, 2, 1, 0], begins=False)
-    watched.begin()
-    watched.add(3)
-    watched.announcements.open(True)
-    assert not watched.row([2, 1, 0], begins=False)  # twice
-    watched.row([3, 2, 1, 0])
-    assert watched.row([3, 2, 1, 0])
+    told = []
+    for _ in range(5):
+        watched.begin()
+        for index in (3, 2, 1, 0):
+            watched.add(index)
+        watched.announcements.open(True)
+        too_early = list(watched.announced)
+        for index in (3, 2, 1, 0):
+            watched.add(index)
+        told.append((watched.announcements.close(watched.views), too_early, list(watched.announced)))
+    assert told == [(True, [], [])] + [(True, [], [2, 1, 0])] * 4
 
 
 def test_a_row_that_was_closed_and_not_exchanged_is_remembered() -> None:
