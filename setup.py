@@ -12,6 +12,7 @@ setup(
         "mpidl.data",
         "mpidl.kernels",
         "mpidl.models",
+        "mpidl.optimizers",
         "mpidl.parameters",
         "mpidl.runtime",
         "mpidl.scheduling",

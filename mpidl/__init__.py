@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpidl.api import allreduce, barrier, broadcast_object, local_rank, rank, size
     from mpidl.checkpoint import load_weights as load
     from mpidl.data.sampler import RankBatchSampler
+    from mpidl.optimizers import Lamb, Lars, layer_groups
     from mpidl.parameters import ParameterManager
     from mpidl.runtime import World, init
     from mpidl.runtime.launch import run
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mpidl.trainer import Trainer
 
 _HOMES = {
+    "Lamb": ("mpidl.optimizers", "Lamb"),
+    "Lars": ("mpidl.optimizers", "Lars"),
     "ParameterManager": ("mpidl.parameters", "ParameterManager"),
     "RankBatchSampler": ("mpidl.data.sampler", "RankBatchSampler"),
     "SyncBatchNorm": ("mpidl.sync_batchnorm", "SyncBatchNorm"),
@@ -31,6 +34,7 @@ _HOMES = {
     "broadcast_object": ("mpidl.api", "broadcast_object"),
     "convert_sync_batchnorm": ("mpidl.sync_batchnorm", "convert_sync_batchnorm"),
     "init": ("mpidl.runtime", "init"),
+    "layer_groups": ("mpidl.optimizers", "layer_groups"),
     "load": ("mpidl.checkpoint", "load_weights"),
     "local_rank": ("mpidl.api", "local_rank"),
     "rank": ("mpidl.api", "rank"),
@@ -39,6 +43,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Lamb",
+    "Lars",
     "ParameterManager",
     "RankBatchSampler",
     "SyncBatchNorm",
@@ -50,6 +56,7 @@ __all__ = [
     "broadcast_object",
     "convert_sync_batchnorm",
     "init",
+    "layer_groups",
     "load",
     "local_rank",
     "rank",

@@ -30,7 +30,10 @@ LOSSES = (
 )  # fmt: skip
 OPTIMIZERS = (
     "sgd", "adam", "adamw", "adamax", "nadam", "radam", "adagrad", "adadelta", "rmsprop", "rprop", "asgd",
+    "lars", "lamb",
 )  # fmt: skip
+LAYER_WISE = ("lars", "lamb")
+"""Those of them that leave biases and normalisation layers out: neither adapted nor decayed."""
 
 # Ranks may differ in these without the run's numbers depending on it.
 _LOCAL_FIELDS = ("data_dir", "run_dir", "loader_workers")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpidl import data, metrics, models, runtime, scheduling
-from mpidl.config import CONFIG_FILE, Config, near, to_toml
+from mpidl import data, metrics, models, optimizers, runtime, scheduling
+from mpidl.config import CONFIG_FILE, LAYER_WISE, Config, near, to_toml
 from mpidl.errors import ConfigError
 from mpidl.imports import import_callable
 from mpidl.telemetry import Telemetry
@@ -25,7 +25,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     for cls in (
         torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
         torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
-        torch.optim.ASGD,
+        torch.optim.ASGD, optimizers.Lars, optimizers.Lamb,
     )
 }  # fmt: skip
 
@@ -76,6 +76,7 @@ def build_trainer(
         partitions=config.partitions,
         group_size=config.group_size,
         schedule=parts.schedule,
+        param_groups=find_param_groups(config, parts.model),
         seed=config.seed,
         reduction=config.reduction,
         wire=config.wire,
@@ -157,6 +158,11 @@ def find_optimizer(config: Config) -> Callable[..., torch.optim.Optimizer]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{config.optimizer} does not take lr {config.lr} with {arguments}: {error}") from None
     return made
+
+
+def find_param_groups(config: Config, model: nn.Module) -> list[dict[str, Any]] | None:
+    """Layers, and apart what layer-wise optimizers are to leave alone; None for other optimizers: one group."""
+    return optimizers.layer_groups(model) if config.optimizer in LAYER_WISE else None
 
 
 def find_schedule(config: Config, num_samples: int) -> scheduling.ScheduleFactory | None:

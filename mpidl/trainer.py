@@ -30,7 +30,7 @@ class Trainer:
         model: parameters float32, on the CPU. Rank 0's weights go to all ranks when `fit` begins. It is trained in
             training mode; parts of it that are in evaluation mode stay so.
         loss_fn: from (outputs, targets) to the mean loss of the samples, or to (sum, weight).
-        optimizer: callable from parameters to an element-wise `torch.optim.Optimizer`.
+        optimizer: callable from parameters to an element-wise `torch.optim.Optimizer`, `mpidl.Lars` or `mpidl.Lamb`.
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
         group_size: iterations planned by one broadcast, or "auto".

@@ -34,6 +34,7 @@ from mpidl.parameters.model import (
     group_parameters,
     trainable_parameters,
 )
+from mpidl.parameters.norms import use_norms_over_shards
 from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
@@ -56,7 +57,7 @@ class ParameterManager:
     Args:
         model: parameters float32, on the CPU; frozen ones (`requires_grad=False`) are left alone, tied ones are one.
         optimizer: callable from param groups to an element-wise `torch.optim.Optimizer`, for example
-            `functools.partial(torch.optim.AdamW, lr=1e-3)`.
+            `functools.partial(torch.optim.AdamW, lr=1e-3)`, or to a layer-wise one, `mpidl.Lars` or `mpidl.Lamb`.
         reduction: "ordered" (fixed order of additions) or "mpi" (MPI_Reduce_scatter between nodes); or one of what
             they are measured against: "driver" (rank 0 adds and updates), "tree" (the same over several levels) and
             "allreduce" (every rank has the whole optimizer). These three share no memory.
@@ -131,6 +132,7 @@ class ParameterManager:
             self._update = ShardOptimizer(
                 optimizer, self._groups, self.layout, own_weights, own_gradients, self._sync.slices
             )
+            use_norms_over_shards(self._update, self.world, self.layout, self._sync.gradients.shards)
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
         self._accumulating = False
 

@@ -1,6 +1,7 @@
 """The optimizer of one shard: any element-wise `torch.optim` optimizer over this rank's part of the weights.
 
 The optimizer sees one-dimensional tensors: for each param group, the runs of its parameters inside this rank's shard.
+A layer-wise one (`norms.py`) sees pieces of one parameter each.
 They are views of the node's weights, and their gradients are views of this rank's summed gradient, so `step()` writes
 where everyone reads. State (momentum, moments) exists on the owner only: 1/world_size of it on each rank.
 """
@@ -61,23 +62,37 @@ class ShardOptimizer:
     ) -> None:
         self.shard_size = sum(each.size for each in slices)
         self.num_slices = len(slices)
-        self._parts: list[list[_Part]] = []
-        self._firsts: list[list[int]] = []
-        param_groups = []
-        for options, names in groups:
+        parts = []
+        for _, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
-            parts: list[_Part] = []
-            for i, each in enumerate(slices):
-                parts += _parts_of(i, each, runs, weights[i], gradients[i])
-            self._parts.append(parts)
-            self._firsts.append(
-                [bisect.bisect_left(parts, i, key=lambda part: part.index) for i in range(len(slices) + 1)]
+            parts.append(
+                [p for i, each in enumerate(slices) for p in _parts_of(i, each, runs, weights[i], gradients[i])]
             )
-            # A group without elements here holds an empty tensor, as optimizers refuse groups without any.
-            tensors = [part.tensor for part in parts] or [torch.nn.Parameter(torch.empty(0))]
-            param_groups.append({**options, "params": tensors})
+        self._hold(parts)
+        param_groups = [
+            {**options, "params": list(tensors)} for (options, _), tensors in zip(groups, self._tensors, strict=True)
+        ]
         self.optimizer = _make(factory, param_groups)
-        self._tensors = [list(group["params"]) for group in self.optimizer.param_groups]
+
+    def _hold(self, parts: list[list[_Part]]) -> None:
+        self._parts = parts
+        self._firsts = [
+            [bisect.bisect_left(own, i, key=lambda part: part.index) for i in range(self.num_slices + 1)]
+            for own in parts
+        ]
+        # A group without elements here holds an empty tensor, as optimizers refuse groups without any.
+        self._tensors = [[part.tensor for part in own] or [torch.nn.Parameter(torch.empty(0))] for own in parts]
+
+    def cut_at_tensors(self, layout: FlatLayout) -> dict[torch.Tensor, Piece]:
+        """Let each of the optimizer's tensors be of one parameter; before the first step.
+
+        Returns:
+            The [start, stop) of each tensor in the flat vector.
+        """
+        self._hold([[each for part in parts for each in part.cut(layout)] for parts in self._parts])
+        for group, tensors in zip(self.optimizer.param_groups, self._tensors, strict=True):
+            group["params"] = tensors
+        return {part.tensor: part.piece for part in itertools.chain(*self._parts)}
 
     def step(self, first: int, last: int) -> None:
         """Update the slices [first, last) of this rank's weights; every slice once an iteration.
@@ -173,10 +188,22 @@ class _Part:
 
     index: int
     """Of the slice."""
+    piece: Piece
+    """Where it is in the flat vector."""
     own: slice
     """Where it is in the shard."""
     tensor: torch.nn.Parameter
     gradient: torch.Tensor
+
+    def cut(self, layout: FlatLayout) -> list[_Part]:
+        """What is in it of each parameter; the gaps between them are in none."""
+        found = []
+        for _, start, stop in layout.tensors_in(self.piece):
+            first, last = start - self.piece[0], stop - self.piece[0]
+            own = slice(self.own.start + first, self.own.start + last)
+            tensor = torch.nn.Parameter(self.tensor.detach()[first:last])
+            found.append(_Part(self.index, (start, stop), own, tensor, self.gradient[first:last]))
+        return found
 
 
 def _parts_of(
@@ -187,7 +214,7 @@ def _parts_of(
         inside = slice(start - each.start, stop - each.start)
         own = slice(inside.start + each.offset, inside.stop + each.offset)
         tensor = torch.nn.Parameter(torch.from_numpy(weights[inside]))
-        parts.append(_Part(index, own, tensor, torch.from_numpy(gradient[inside])))
+        parts.append(_Part(index, (start, stop), own, tensor, torch.from_numpy(gradient[inside])))
     return parts
 
 
@@ -231,5 +258,5 @@ def _check_element_wise(optimizer: torch.optim.Optimizer) -> None:
     if kind.__module__.startswith("torch.") and kind.__name__ not in ELEMENT_WISE:
         raise LayoutError(
             f"{kind.__name__} does not treat every element alike, so it cannot work on shards; element-wise ones "
-            f"are {', '.join(ELEMENT_WISE)}"
+            f"are {', '.join(ELEMENT_WISE)}; mpidl.Lars and mpidl.Lamb can too"
         )

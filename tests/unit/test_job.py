@@ -25,10 +25,21 @@ def wrong_labels() -> Any:
 
 
 @pytest.mark.parametrize("name", configuration.OPTIMIZERS)
-def test_every_optimizer_is_torch_s_own_with_the_learning_rate(name: str) -> None:
+def test_every_optimizer_has_its_name_and_the_learning_rate(name: str) -> None:
     made = job.find_optimizer(Config(optimizer=name, lr=0.25))([torch.nn.Parameter(torch.zeros(2))])
     assert type(made).__name__.lower() == name
     assert made.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("name", configuration.OPTIMIZERS)
+def test_layer_wise_optimizers_and_no_others_leave_biases_alone(name: str) -> None:
+    model, config = torch.nn.Linear(3, 2), Config(optimizer=name)
+    groups = job.find_param_groups(config, model)
+    optimizer = job.find_optimizer(config)(groups or model.parameters())
+    alone = [group for group in optimizer.param_groups if not group.get("adapt", True)]
+    assert [id(parameter) for group in alone for parameter in group["params"]] == (
+        [id(model.bias)] if name in ("lars", "lamb") else []
+    )
 
 
 @pytest.mark.parametrize("name", configuration.LOSSES)
