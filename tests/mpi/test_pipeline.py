@@ -505,7 +505,9 @@ def test_gradients_of_another_managers_loss_are_thrown_away_and_nothing_is_reduc
 
 
 def generator() -> nn.Module:
-    return nn.Sequential(nn.Linear(NUM_FEATURES, WIDTH), *[nn.Linear(WIDTH, WIDTH) for _ in range(6)], nn.Linear(WIDTH, NUM_FEATURES))
+    return nn.Sequential(
+        nn.Linear(NUM_FEATURES, WIDTH), *[nn.Linear(WIDTH, WIDTH) for _ in range(6)], nn.Linear(WIDTH, NUM_FEATURES)
+    )
 
 
 def judged(maker: nn.Module, critic: nn.Module, rank: int, iteration: int) -> None:

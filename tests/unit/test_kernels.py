@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from mpidl import kernels
 from mpidl.kernels import BLOCK_SIZE, MAX_OPERANDS, add_rows, divide, from_bfloat16, mean_rows, to_bfloat16
 from mpidl.kernels import wire as wire_kernels
-from mpidl.kernels.summation import CHUNK_SIZE, LANES
+from mpidl.kernels.summation import CHUNK_SIZE
 from mpidl.kernels.summation import KINDS as DESCRIBED
 from mpidl.parameters.assignment import Addends
 from mpidl.parameters.tree import RowSum, cover, sums
 from tests.launch import run
 from tests.reference import KINDS, apply_steps, reference_sum
 
-EDGES = [edge + rest for edge in (LANES, CHUNK_SIZE, BLOCK_SIZE) for rest in (-1, 0, 1)]
+EDGES = [edge + rest for edge in (CHUNK_SIZE, BLOCK_SIZE) for rest in (-1, 0, 1)]
 SIZES = [0, 1, 7, 8, 9, *EDGES, 100_000]
 
 Float32Array = npt.NDArray[np.float32]

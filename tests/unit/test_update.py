@@ -19,7 +19,7 @@ from mpidl.errors import LayoutError
 from mpidl.kernels import BLOCK_SIZE
 from mpidl.parameters.layout import FlatLayout, Shards, Slice
 from mpidl.parameters.model import Group
-from mpidl.parameters.update import ELEMENT_WISE, OptimizerFactory, ShardOptimizer
+from mpidl.parameters.update import ELEMENT_WISE, OptimizerFactory, ShardOptimizer, goes_by_slices
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -98,6 +98,19 @@ Spread = list[list[Slice]]
 """Each owner's slices."""
 
 
+def sharded(
+    factory: Any,
+    groups: list[Group],
+    layout: FlatLayout,
+    weights: Float32Array,
+    gradient: Float32Array,
+    slices: list[Slice],
+) -> ShardOptimizer:
+    """Over slices of a vector of weights, with their gradients one behind the other."""
+    own_weights = [weights[each.start : each.stop] for each in slices]
+    return ShardOptimizer(factory, groups, layout, own_weights, [gradient[each.own] for each in slices], slices)
+
+
 class Cut:
     """Shard optimizers over one vector of weights, one per owner, each stepped some slices at a time."""
 
@@ -109,12 +122,11 @@ class Cut:
         self._at_a_time = at_a_time
         for slices in spread:
             gradient = np.zeros(sum(each.size for each in slices), np.float32)
-            update = ShardOptimizer(factory_of(name), groups, LAYOUT, self.weights, gradient, slices)
+            update = sharded(factory_of(name), groups, LAYOUT, self.weights, gradient, slices)
             self._parts.append((update, gradient, slices))
 
     def step(self, gradient: Float32Array) -> None:
         for update, own, slices in self._parts:
-            assert update.goes_by_slices
             stride = self._at_a_time or max(len(slices), 1)
             for first in range(0, max(len(slices), 1), stride):
                 last = min(first + stride, len(slices))
@@ -349,7 +361,7 @@ def shard_optimizer(factory: Any, groups: list[Group] | None = None) -> ShardOpt
     """Over the whole vector in slices of one block."""
     gradient = np.zeros(LAYOUT.size, np.float32)
     slices = slices_of(0, LAYOUT.size, BLOCK_SIZE)
-    return ShardOptimizer(factory, groups or one_group(), LAYOUT, start_weights(), gradient, slices)
+    return sharded(factory, groups or one_group(), LAYOUT, start_weights(), gradient, slices)
 
 
 def make(factory: Any) -> None:
@@ -380,17 +392,28 @@ def test_an_element_wise_optimizer_of_the_users_own_is_taken() -> None:
     class Own(torch.optim.SGD):
         pass
 
-    assert not shard_optimizer(functools.partial(Own, lr=0.1)).goes_by_slices  # it may count its calls
+    factory = functools.partial(Own, lr=0.1)
+    shard_optimizer(factory).step(0, 1)
+    assert not goes_by_slices(factory)  # it may count its calls
+    assert not goes_by_slices(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
-def test_an_optimizer_with_hooks_is_stepped_once_for_all_slices() -> None:
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in NAMES}))
+def test_torch_s_own_optimizers_may_be_called_slice_by_slice(name: str) -> None:
+    assert goes_by_slices(getattr(torch.optim, name))
+
+
+def test_hooks_see_one_step_an_iteration() -> None:
     update = shard_optimizer(factory_of("Adam"))
-    assert update.goes_by_slices
-    for register in (update.optimizer.register_step_pre_hook, update.optimizer.register_step_post_hook):
-        handle = register(lambda *_: None)
-        assert not update.goes_by_slices
-        handle.remove()
-        assert update.goes_by_slices
+    seen: list[str] = []
+    update.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    update.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    for _ in range(2):
+        for index in range(update.num_slices):
+            assert seen[-1:] == (["before"] if index else seen[-1:])
+            update.step(index, index + 1)
+    assert update.num_slices > 2
+    assert seen == ["before", "after"] * 2
 
 
 def test_between_two_steps_the_param_groups_hold_all_tensors_also_after_an_exception() -> None:
@@ -434,7 +457,7 @@ def test_threads_that_cut_a_shard_again_do_not_change_bits(name: str) -> None:
             weights = start.copy()
             for first, last in itertools.pairwise(cuts):
                 own, slices = gradient[first:last].copy(), slices_of(first, last, most)
-                update = ShardOptimizer(factory_of(name), [({}, ("p",))], layout, weights, own, slices)
+                update = sharded(factory_of(name), [({}, ("p",))], layout, weights, own, slices)
                 for _ in range(3):
                     for index in range(len(slices)):
                         update.step(index, index + 1)
