@@ -172,7 +172,7 @@ def failing(model: nn.Module, rank: int, iteration: int) -> None:
     for number, layer in enumerate(model.layers):
         values = torch.tanh(layer(values))
         if number == 1:
-            values = Failing.apply(values)  # type: ignore[no-untyped-call]
+            values = Failing.apply(values)
     with pytest.raises(Failure):
         model.last(values).square().mean().backward()
 
@@ -302,7 +302,8 @@ class Watch:
         self.collects: list[int] = [0]
         self.started: list[int] = []
         """Buckets whose reduction has begun, since the list was emptied."""
-        announce, collect, start = Pipeline.announce, Pipeline.collect, Pipeline._start_reduction
+        announce, collect = Pipeline.announce, Pipeline.collect
+        start: Callable[..., Any] = Pipeline._start_reduction
 
         def announcing(pipeline: Pipeline, index: int) -> None:
             self.early[-1].add(index)
@@ -373,9 +374,7 @@ def paired(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_whatever_gradients_come_the_weights_are_those_of_plain_pytorch(
-    world: World, watch: Watch, name: str
-) -> None:
+def test_whatever_gradients_come_the_weights_are_those_of_plain_pytorch(world: World, watch: Watch, name: str) -> None:
     case = CASES[name]
     for sizes in layouts(world):
         with paired(world, sizes, case.build) as pair:
@@ -507,7 +506,9 @@ def test_gradients_of_another_managers_loss_are_thrown_away_and_nothing_is_reduc
 
 
 def generator() -> nn.Module:
-    return nn.Sequential(nn.Linear(NUM_FEATURES, WIDTH), *[nn.Linear(WIDTH, WIDTH) for _ in range(6)], nn.Linear(WIDTH, NUM_FEATURES))
+    return nn.Sequential(
+        nn.Linear(NUM_FEATURES, WIDTH), *[nn.Linear(WIDTH, WIDTH) for _ in range(6)], nn.Linear(WIDTH, NUM_FEATURES)
+    )
 
 
 def judged(maker: nn.Module, critic: nn.Module, rank: int, iteration: int) -> None:
@@ -759,9 +760,7 @@ def test_an_exception_in_the_update_that_all_ranks_see_is_raised_and_training_ma
 ) -> None:
     for sizes in layouts(world):
         for goes_on in (True, False):
-            with paired(
-                world, sizes, Chain, optimizer=functools.partial(Breaking, lr=0.1), threads=threads
-            ) as pair:
+            with paired(world, sizes, Chain, optimizer=functools.partial(Breaking, lr=0.1), threads=threads) as pair:
                 for iteration in range(2):
                     pair.step(once, iteration)
                 once(pair.model, world.rank, 99)

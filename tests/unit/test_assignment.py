@@ -105,8 +105,7 @@ def test_every_owner_on_every_node_gets_the_bits_of_the_recursion(
     expected = reference_sum(values).tobytes()
     plans = {node: row_plan(assignment, node_of, node_of.index(node)) for node in set(node_of)}
     rows_of_rank = [
-        [reference_sum(values[slice(*row)]) for row in assignment.rows_of(rank)]
-        for rank in range(len(node_of))
+        [reference_sum(values[slice(*row)]) for row in assignment.rows_of(rank)] for rank in range(len(node_of))
     ]
     local, sent = {}, {}
     for node, plan in plans.items():
