@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ def cuts_of(data: st.DataObject, stop: int, parts: int) -> list[int]:
     return [0, *sorted(inner), stop]
 
 
-KINDS = {
+KINDS: dict[int, Callable[..., Float32Array]] = {
     1: lambda a: a,
     2: lambda a, b: a + b,
     3: lambda a, b, c: (a + b) + c,

@@ -54,6 +54,9 @@ class ParameterManager:
     A parameter that received no gradient in an iteration counts as having the gradient zero on that rank: an optimizer
     with momentum or weight decay still moves it.
 
+    Gradients may be changed between backward and `step`, in place or by others, but not through `parameter.grad.data`
+    or a NumPy view: torch does not count such changes, and between nodes the gradient may be on its way already.
+
     Args:
         model: parameters float32, on the CPU; frozen ones (`requires_grad=False`) are left alone, tied ones are one.
         optimizer: callable from param groups to an element-wise `torch.optim.Optimizer`, for example

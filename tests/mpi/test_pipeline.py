@@ -172,7 +172,7 @@ def failing(model: nn.Module, rank: int, iteration: int) -> None:
     for number, layer in enumerate(model.layers):
         values = torch.tanh(layer(values))
         if number == 1:
-            values = Failing.apply(values)  # type: ignore[no-untyped-call]
+            values = Failing.apply(values)
     with pytest.raises(Failure):
         model.last(values).square().mean().backward()
 
@@ -302,7 +302,8 @@ class Watch:
         self.collects: list[int] = [0]
         self.started: list[int] = []
         """Buckets whose reduction has begun, since the list was emptied."""
-        announce, collect, start = Pipeline.announce, Pipeline.collect, Pipeline._start_reduction
+        announce, collect = Pipeline.announce, Pipeline.collect
+        start: Callable[..., Any] = Pipeline._start_reduction
 
         def announcing(pipeline: Pipeline, index: int) -> None:
             self.early[-1].add(index)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -135,7 +137,7 @@ def test_an_exception_comes_at_the_next_call_where_nobody_waited() -> None:
     driver.add(breaking(over))
     driver._thread.join(LIMIT_S)
     assert not driver._thread.is_alive()
-    for call in (lambda: driver.add(telling([], "a", [over])), lambda: driver.wait(over)):
+    for call in (functools.partial(driver.add, telling([], "a", [over])), functools.partial(driver.wait, over)):
         with pytest.raises(Broken):
             call()
     driver.close()
@@ -192,7 +194,7 @@ def test_buckets_start_and_end_in_order_and_few_are_under_way(driver: Either, se
     log: list[tuple[str, int]] = []
     done = Flag()
 
-    def start(bucket: Bucket) -> Course:
+    def start(bucket: Bucket) -> Any:
         yield ready[bucket.index]
         log.append(("start", bucket.index))
         return f"rest of {bucket.index}", over[bucket.index]
@@ -225,7 +227,7 @@ def test_without_an_end_no_more_than_a_few_are_started() -> None:
     over.raise_flag()
     buckets = [Bucket(index, index, index + 1, (index, index + 1)) for index in range(12)]
 
-    def start(bucket: Bucket) -> Course:
+    def start(bucket: Bucket) -> Any:
         yield over
         started.append(bucket.index)
         return None, Flag()

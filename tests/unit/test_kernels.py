@@ -33,7 +33,9 @@ SIZES = [0, 1, 7, 8, 9, *EDGES, 100_000]
 
 Float32Array = npt.NDArray[np.float32]
 
-STEPS: dict[str, list[tuple[int, ...]]] = {
+Steps = Sequence[tuple[int, ...]]
+
+STEPS: dict[str, Steps] = {
     "one row": [(1, 5, 4)],
     "two": [(2, 5, 0, 1)],
     "left pair": [(3, 5, 0, 1, 2)],
@@ -59,22 +61,22 @@ def addresses(rows: Sequence[Float32Array], offset: int = 0) -> npt.NDArray[np.i
     return np.array([row.ctypes.data + 4 * offset for row in rows], dtype=np.int64)
 
 
-def as_array(steps: list[tuple[int, ...]]) -> npt.NDArray[np.int64]:
+def as_array(steps: Steps) -> npt.NDArray[np.int64]:
     return Addends.of(RowSum((), tuple(steps))).steps
 
 
-def numpy_sum(rows: list[Float32Array], steps: list[tuple[int, ...]]) -> Float32Array:
+def numpy_sum(rows: list[Float32Array], steps: Steps) -> Float32Array:
     return apply_steps(RowSum(tuple(range(len(rows))), tuple(steps)), [row[:-1] for row in rows])
 
 
-def run_add(rows: list[Float32Array], steps: list[tuple[int, ...]]) -> Float32Array:
+def run_add(rows: list[Float32Array], steps: Steps) -> Float32Array:
     out = np.full(rows[0].size, np.nan, np.float32)
     add_rows(addresses(rows), as_array(steps), out[:-1])
     assert np.isnan(out[-1])
     return out[:-1]
 
 
-def run_mean(rows: list[Float32Array], steps: list[tuple[int, ...]], divisor: float) -> tuple[Float32Array, Any]:
+def run_mean(rows: list[Float32Array], steps: Steps, divisor: float) -> tuple[Float32Array, Any]:
     size = rows[0].size - 1
     out = np.full(size + 1, np.nan, np.float32)
     squares = np.full(-(-size // BLOCK_SIZE), np.nan)
@@ -287,7 +289,7 @@ def test_arrays_of_another_type_are_refused_and_not_compiled_for() -> None:
         lambda: mean_rows(addresses(rows), steps, 1.0, np.zeros(8), np.zeros(1)),  # type: ignore[arg-type]
         lambda: add_rows(addresses(rows), np.zeros((2, 20), np.int64)[:, ::2], rows[0]),
         lambda: divide(np.zeros(16, np.float32)[::2], 1.0, np.zeros(1)),
-        lambda: to_bfloat16(rows[0], np.zeros(9, np.int16)),  # type: ignore[arg-type]
+        lambda: to_bfloat16(rows[0], np.zeros(9, np.int16)),
         lambda: from_bfloat16(np.zeros(18, np.uint16)[::2], rows[0]),
     ]
     for call in refused:

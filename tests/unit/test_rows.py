@@ -58,7 +58,6 @@ def test_the_first_row_announces_nothing_and_the_second_each_bucket_at_its_last_
     watched = Watched()
     assert watched.row([3, 2, 1, 0])
     assert watched.announced == []
-    assert not watched.announcements.has_announced
     watched.begin()
     found = []
     for index in (3, 2, 1, 0):
@@ -197,11 +196,14 @@ def test_where_rows_are_thrown_away_every_time_the_last_one_is_announced() -> No
 
 
 def test_a_row_that_was_closed_and_not_exchanged_is_remembered() -> None:
-    for action in (lambda watched: watched.announcements.open(True), lambda watched: watched.add(0)):
+    for is_thrown_away in (True, False):
         watched = Watched()
         watched.row([3, 2, 1, 0])
         assert watched.row([3, 2, 1, 0])
-        action(watched)
+        if is_thrown_away:
+            watched.announcements.open(True)
+        else:
+            watched.add(0)
         assert not watched.announcements.close(watched.views)
         assert not watched.announcements.close(watched.views)
         assert not watched.row([3, 2, 1, 0], begins=False)
@@ -230,6 +232,9 @@ class Failing(torch.autograd.Function):
         raise Failure
 
 
+_apply: Callable[..., torch.Tensor] = Failing.apply
+
+
 class Model(nn.Module):
     """Parameters that are used as one wishes."""
 
@@ -245,7 +250,7 @@ class Model(nn.Module):
         for name, factor in factors.items():
             parameter = self.get_parameter(name)
             part = (parameter.square() * abs(factor)).sum() + parameter.sum()
-            total = total + (Failing.apply(part) if factor < 0 else part)  # type: ignore[no-untyped-call]
+            total = total + (_apply(part) if factor < 0 else part)
         return total
 
 
@@ -331,7 +336,10 @@ def replace(name: str, *, by_none: bool) -> Callable[[Beside], None]:
 
 
 def clip(beside: Beside) -> None:
-    beside.both(lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1) and None)
+    def in_place(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    beside.both(in_place)
 
 
 ALL = dict.fromkeys(NAMES, 1.0)
