@@ -2,8 +2,8 @@
 
 With a thread, the exchanges go on while the main thread computes; without one (where MPI was not granted
 MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of
-its own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing has
-moved, and blocks on its queue when nothing is under way.
+its own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing
+has moved, and sleeps while all of them wait for the main thread to say something.
 
 A generator's exception ends the driver; it is raised by every later call of the main thread's.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from mpidl.runtime import Patience
@@ -37,6 +37,13 @@ class Flag:
         self.raise_flag = self._event.set
         self.is_over = self._event.is_set
         self.wait = self._event.wait
+
+
+class Condition:
+    """Over as soon as a function of the courses' own state says so."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self.is_over = is_over
 
 
 class Driver:
@@ -81,9 +88,13 @@ class Driver:
         return moved
 
     @property
-    def is_idle(self) -> bool:
-        """Whether all courses have ended."""
-        return not self._active
+    def waits_for_flags(self) -> bool:
+        """Whether nothing goes on before a flag is raised: no message is under way."""
+        return all(isinstance(awaited, Flag | Condition) for _, awaited in self._active)
+
+    def say(self, flag: Flag) -> None:
+        """Raise a flag that courses wait for."""
+        flag.raise_flag()
 
     def wait(self, flag: Flag) -> None:
         """Advance courses until the flag is raised."""
@@ -103,6 +114,7 @@ class ThreadDriver:
 
     def __init__(self) -> None:
         self._added: queue.SimpleQueue[tuple[Course, ...] | None] = queue.SimpleQueue()
+        self._wake = threading.Event()
         self._failure: BaseException | None = None
         self._waited_for: Flag | None = None
         self._thread = threading.Thread(target=self._run, name="mpidl-exchange", daemon=True)
@@ -112,6 +124,12 @@ class ThreadDriver:
         """Begin courses; they are advanced in the order in which they were added."""
         self._check()
         self._added.put(courses)
+        self._wake.set()
+
+    def say(self, flag: Flag) -> None:
+        """Raise a flag that courses wait for."""
+        flag.raise_flag()
+        self._wake.set()
 
     def wait(self, flag: Flag) -> None:
         """Sleep until the flag is raised."""
@@ -124,6 +142,7 @@ class ThreadDriver:
     def close(self) -> None:
         """End the thread, when all courses have ended."""
         self._added.put(None)
+        self._wake.set()
         self._thread.join()
 
     def _check(self) -> None:
@@ -141,12 +160,15 @@ class ThreadDriver:
     def _drive(self) -> None:
         driver, patience = Driver(), Patience()
         while True:
-            while driver.is_idle or not self._added.empty():
+            self._wake.clear()  # before looking: what is said while we look wakes us again
+            while not self._added.empty():
                 courses = self._added.get()
                 if courses is None:
                     return
                 driver.add(*courses)
             if driver.poll():
                 patience.reset()
+            elif driver.waits_for_flags:
+                self._wake.wait()
             else:
                 patience.pause()

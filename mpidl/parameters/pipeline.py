@@ -39,7 +39,7 @@ from mpidl import kernels
 from mpidl.parameters import publication
 from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.counters import Counters
-from mpidl.parameters.driver import Awaited, Course, Driver, Flag, ThreadDriver
+from mpidl.parameters.driver import Awaited, Condition, Course, Driver, Flag, ThreadDriver
 from mpidl.parameters.exchange import Bucket, Exchange
 from mpidl.parameters.layout import Slice
 from mpidl.parameters.reduction import Job, Lanes, Reduction, Steps
@@ -107,7 +107,7 @@ class Pipeline:
     def announce(self, index: int) -> None:
         """Say that a bucket of this rank's rows is complete; the last bucket waits for `collect`."""
         if index != self.order[-1].index:
-            self._ready[index].raise_flag()
+            self._driver.say(self._ready[index])
 
     def collect(self, assignment: Assignment) -> float:
         """Wait until the sums over this rank's shard and the counters are complete. Collective.
@@ -117,7 +117,7 @@ class Pipeline:
         """
         self.begin(assignment)
         for flag in self._ready.values():
-            flag.raise_flag()
+            self._driver.say(flag)
         self._driver.wait(self._reduced)
         assert self._job is not None
         job, self._job = self._job, None
@@ -159,7 +159,7 @@ class Pipeline:
 
     def publish(self, bucket: Bucket) -> None:
         """Say that this rank's shard of a bucket's weights is updated."""
-        self._updated[bucket.index].raise_flag()
+        self._driver.say(self._updated[bucket.index])
 
     def end_publishing(self) -> None:
         """The driver goes on with it; see `wait`."""
@@ -222,13 +222,13 @@ class Pipeline:
 
         def starting() -> Course:
             for bucket in buckets:
-                yield _Condition(lambda: len(under_way) < MAX_UNDER_WAY)
+                yield Condition(lambda: len(under_way) < MAX_UNDER_WAY)
                 steps, awaited = yield from start(bucket)
                 under_way.append((bucket, steps, awaited))
 
         def ending() -> Course:
             for _ in buckets:
-                yield _Condition(lambda: bool(under_way))
+                yield Condition(lambda: bool(under_way))
                 bucket, steps, awaited = under_way[0]
                 yield awaited
                 yield from end(bucket, steps)
@@ -236,10 +236,3 @@ class Pipeline:
             done.raise_flag()
 
         return starting(), ending()
-
-
-class _Condition:
-    """Over as soon as a function of the driver's own state says so."""
-
-    def __init__(self, is_over: Callable[[], bool]) -> None:
-        self.is_over = is_over

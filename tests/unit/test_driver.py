@@ -60,7 +60,7 @@ def test_a_course_goes_on_from_flag_to_flag_and_never_past_one_that_is_down(driv
     driver.wait(here)
     assert log == ["a0"]
     assert not done.is_over()
-    flags[1].raise_flag()
+    driver.say(flags[1])
     driver.wait(done)
     assert log == ["a0", "a1", "a2"]
 
@@ -80,7 +80,7 @@ def test_what_becomes_possible_at_the_same_time_is_done_in_the_order_of_adding(d
     log: list[str] = []
     gate, done = Flag(), Flag()
     driver.add(*(telling(log, name, [gate]) for name in "abcde"))
-    gate.raise_flag()
+    driver.say(gate)
     driver.add(telling([], "end", [gate, Once(lambda: len(log) == 5)], done))
     driver.wait(done)
     # The gate may have gone up in the middle of one round; who was asked before comes in the next.
@@ -99,7 +99,7 @@ def test_courses_wait_for_each_other(driver: Either) -> None:
             theirs.raise_flag()
 
     driver.add(play("ping", ping, pong), play("pong", pong, [*ping[1:], Flag()]))
-    ping[0].raise_flag()
+    driver.say(ping[0])
     done = Flag()
     driver.add(telling([], "end", [pong[-1]], done))
     driver.wait(done)
@@ -123,7 +123,7 @@ def test_an_exception_reaches_the_waiter_and_every_later_call(driver: Either) ->
     ]
     gate = Flag()
     driver.add(breaking(gate))
-    gate.raise_flag()
+    driver.say(gate)
     with pytest.raises(Broken):
         driver.wait(flag_within_limit())
     for call in calls:
@@ -148,7 +148,7 @@ def test_with_a_thread_courses_go_on_while_nobody_waits_and_without_one_they_do_
         driver: Either = kind()
         gate, done = Flag(), Flag()
         driver.add(telling([], "a", [gate], done))
-        gate.raise_flag()
+        driver.say(gate)
         assert done.wait(LIMIT_S if expected else 0.1) == expected
         driver.wait(done)
         driver.close()
@@ -165,7 +165,7 @@ def test_the_thread_takes_courses_while_others_are_under_way_and_after_all_have_
         driver.add(telling(log, name, [over], done))
         driver.wait(done)
     assert log == ["a0", "b0", "c0"]
-    gate.raise_flag()
+    driver.say(gate)
     driver.close()
     again = ThreadDriver()
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_buckets_start_and_end_in_order_and_few_are_under_way(driver: Either, se
     flags = [*ready, *over]
     random.Random(seed).shuffle(flags)
     for flag in flags:
-        flag.raise_flag()
+        driver.say(flag)
         if isinstance(driver, Driver):
             driver.poll()
     driver.wait(done)
