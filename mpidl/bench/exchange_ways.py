@@ -67,7 +67,7 @@ class Mpidl:
 
     def __init__(self, world: World, exchanged: Exchanged, **settings: str) -> None:
         self.parameters = exchanged.parameters()
-        self._given, self._world, self._num_states = exchanged.gradients, world, exchanged.optimizer.num_states
+        self._given, self._num_states = exchanged.gradients, exchanged.optimizer.num_states
         model = nn.ParameterList(self.parameters)
         self._manager = ParameterManager(model, exchanged.optimizer.factory, world=world, **settings)  # type: ignore[arg-type]
         self.sent_bytes = 2 * FLOAT_BYTES * exchanged.size * (world.num_nodes - 1) / world.size
@@ -85,7 +85,7 @@ class Mpidl:
         found = {"weights": 0.0, "optimizer state": 0.0, "": 0.0}
         for name, num_bytes in self._manager.memory_bytes().items():
             found[next(start for start in found if name.startswith(start))] += num_bytes
-        weights = found["weights"] / self._world.local_size
+        weights = found["weights"] / self._manager.world.local_size
         return RankBytes(weights, found[""], found["optimizer state"] * self._num_states)
 
     def close(self) -> None:

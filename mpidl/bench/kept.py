@@ -15,7 +15,7 @@ import numpy as np
 
 from mpidl.bench import horovod
 from mpidl.bench.cases import OPTIMIZERS, Exchanged, shapes_of_model
-from mpidl.bench.exchange_ways import WAYS
+from mpidl.bench.exchange_ways import WAYS, RankBytes
 from mpidl.bench.report import Row, Table, mib, row
 from mpidl.runtime import World
 
@@ -34,7 +34,9 @@ def measure(world: World, names: Sequence[str]) -> list[Row]:
             way.prepare()
             world.barrier()
             way.run()
-        after, kept = _mean_size(world), way.kept()
+        own = way.kept()
+        parts = np.array([own.weights, own.gradients, own.state])
+        after, kept = _mean_size(world), RankBytes(*(world.allreduce(parts) / world.size).tolist())
         rows.append(
             row(
                 world, f"kept by a rank: {exchanged.name}", name, bytes=kept.total, weights_bytes=kept.weights,

@@ -40,8 +40,6 @@ def shards_for(strategy: str, size: int, world_size: int) -> Shards:
 class Baseline:
     """The exchange of one vector between ranks that share nothing; what `Pipeline` is to the parameter manager."""
 
-    masters = None
-
     def __init__(self, exchange: Exchange, counters: Counters, strategy: str) -> None:
         self.exchange = exchange
         self.buckets = exchange.buckets(1)
@@ -55,8 +53,9 @@ class Baseline:
         """What the gradient takes in one row and summed."""
         return self._total.nbytes + self.exchange.sum.nbytes
 
-    def begin(self, assignment: Assignment) -> None:
-        """Nothing is announced here."""
+    def begin(self, assignment: Assignment) -> bool:
+        """Nothing is announced here, so every iteration is new."""
+        return True
 
     def announce(self, index: int) -> None:
         """Nothing is announced here."""

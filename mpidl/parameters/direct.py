@@ -61,6 +61,11 @@ class Direct:
         assert self._plan is not None, "collect comes first"
         mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares)
 
+    def keep_gradient(self) -> None:
+        """Make room for the whole shard's gradient; what `own_gradient` gave before is not used any more."""
+        self._gradient = np.zeros(self.exchange.shards.size_of(self.exchange.world.rank), np.float32)
+        self._keeps_gradient = True
+
     def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
         """Where `mean` leaves a slice's gradient."""
         return self._gradient[piece.own] if self._keeps_gradient else self._gradient[: piece.size]

@@ -154,8 +154,9 @@ class ThreadDriver:
             self._drive()
         except BaseException as error:
             self._failure = error
-            if self._waited_for is not None:
-                self._waited_for.raise_flag()
+            if self._waited_for is None:
+                raise  # nobody would be told: the hook for uncaught exceptions of threads ends the job
+            self._waited_for.raise_flag()
 
     def _drive(self) -> None:
         driver, patience = Driver(), Patience()

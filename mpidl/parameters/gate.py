@@ -41,7 +41,7 @@ class Gate:
         self._hooks: list[Any] = []
         self._modules = [module for module in model.modules() if module._parameters]
         for module in self._modules:
-            self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, module)))
+            self._hooks.append(module.register_forward_pre_hook(_Entrance(self)))
             module._parameters = GatedParameters(module._parameters, self)
 
     def set_buckets(self, buckets: Sequence[Piece]) -> None:
@@ -56,6 +56,11 @@ class Gate:
     def shut(self) -> None:
         """All weights are about to change."""
         self._pending = set(self._all)
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether somebody may have to wait."""
+        return bool(self._pending)
 
     def open(self) -> None:
         """Wait for all weights."""
@@ -72,10 +77,6 @@ class Gate:
             self._wait(needed)
             self._pending -= needed
 
-    def _enter(self, module: nn.Module, *_: Any) -> None:
-        if self._pending:
-            module._parameters.values()
-
     def remove(self) -> None:
         """Give the modules plain tables back."""
         self.open()
@@ -83,6 +84,25 @@ class Gate:
             hook.remove()
         for module in self._modules:
             module._parameters = dict(module._parameters)
+
+
+class _Entrance:
+    """A module's hook before its forward."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if self._gate.is_shut:
+            module._parameters.values()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module, by `copy` or `pickle`, waits for nobody."""
+        return functools.partial, (_pass_by,)
+
+
+def _pass_by(*_: Any) -> None:
+    pass
 
 
 class GatedParameters(dict[str, Any]):

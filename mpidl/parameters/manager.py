@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mpidl.errors import LayoutError
+from mpidl.errors import LayoutError, MpidlError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree, weights
 from mpidl.parameters.assignment import Assignment
@@ -103,6 +103,8 @@ class ParameterManager:
                 raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(STRATEGIES)}")
             if wire not in WIRES:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
+            if reduction in BASELINES and WIRES[wire].rounds:
+                raise LayoutError(f"reduction {reduction!r} sends float32 only; leave wire={wire!r} out")
             clipping = Clipping(clip_norm, clip_value)
             clipping.check()
             if bucket_mb is not None and not bucket_mb > 0:
@@ -125,6 +127,15 @@ class ParameterManager:
             by_slices=goes_by_slices(optimizer),
         )
         self._sync = self._allocate(make)
+        self._accumulating = False
+        try:
+            self._build(optimizer, bucket_mb)
+        except MpidlError:  # on every rank
+            self._release()
+            raise
+
+    def _build(self, optimizer: OptimizerFactory, bucket_mb: float | None) -> None:
+        """Move the model in, and make the optimizer."""
         self._place_model(with_caches=True)
         self._rows = self._make_rows()
         self._gate = self._make_gate()
@@ -137,7 +148,6 @@ class ParameterManager:
             )
             use_norms_over_shards(self._update, self.world, self.layout, self._sync.gradients.shards)
         self.world.check_equal("the optimizer", self._update.describe(), LayoutError)
-        self._accumulating = False
 
     def _allocate(self, make: Callable[[World], Synchronizer]) -> Synchronizer:
         try:
@@ -171,7 +181,9 @@ class ParameterManager:
         route = self._sync.route
         if not isinstance(route, Pipeline):
             return None
-        return Gate(self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], route.wait)
+        return Gate(
+            self.model, self._parameters, self.layout, [bucket.span for bucket in route.buckets], self._sync.wait
+        )
 
     def _make_bucket_size(self, bucket_mb: float | None) -> BucketSize | None:
         route = self._sync.route
@@ -241,7 +253,7 @@ class ParameterManager:
         if self._bucket_size is not None and self._bucket_size.observe():
             self.wait()
             self._set_bucket_size(self._bucket_size.value)
-        if wait:
+        if wait or not self.world.takes_threads:  # without a thread nothing travels while this rank does not wait
             self.wait()
         return table
 
@@ -260,10 +272,8 @@ class ParameterManager:
         return 4 * max(stop - start for start, stop in (bucket.span for bucket in self._sync.route.buckets))
 
     def wait(self) -> None:
-        """Return when the weights are complete on this rank's node. Collective where there is one node only."""
-        if self._gate is None:
-            self._sync.wait()
-        else:
+        """Return when the weights are complete on this rank's node. Not collective."""
+        if self._gate is not None:
             self._gate.open()
 
     # --- a loop of your own ---------------------------------------------------------------------------------------
@@ -279,6 +289,10 @@ class ParameterManager:
                 samples of all ranks. Default: every rank weighs the same. All ranks must do alike.
             wait: False: between nodes, weights may still arrive while the next forward runs; each module waits for its
                 own when its forward begins. Whoever reads weights otherwise than through their module calls `wait`.
+
+        Raises:
+            NonFiniteLossError: on every rank, with `clip_norm`: the gradient's norm is not finite. Nothing was updated;
+                whoever goes on calls `zero_grad` first.
 
         Returns:
             The sum of all ranks' num_samples (the number of ranks by default); 0: nothing was updated.
@@ -423,6 +437,11 @@ class ParameterManager:
         """
         if not hasattr(self, "_sync"):
             return
+        self._release()
+        del self._sync, self._rows, self._update, self._gate
+
+    def _release(self) -> None:
+        """Give the model back what is its own. Collective."""
         if self._gate is not None:
             self._gate.remove()
         self._sync.close()
@@ -430,4 +449,3 @@ class ParameterManager:
         weights.take_back(self._parameters)
         self._rows.release()
         self.world.node_barrier()
-        del self._sync, self._rows, self._update

@@ -73,11 +73,11 @@ class Pipeline:
         self._ready: dict[int, Flag] = {}
         self._reduced = Flag()
         self._updated: dict[int, Flag] = {}
-        self._published: dict[int, Flag] = {}
 
     def set_bucket_size(self, num_cells: int) -> None:
         """Make buckets of so many cells, between two iterations and when all weights are published. Collective."""
         self.buckets = self.exchange.buckets(num_cells)
+        self._published: dict[int, Flag] = {}
         self.order = list(reversed(self.buckets))
         """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
 
@@ -166,9 +166,10 @@ class Pipeline:
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Return when the weights of these buckets (default: of all) are complete on this node."""
-        for index in self._published if indices is None else indices:
-            if not self._published[index].is_over():
-                self._driver.wait(self._published[index])
+        for index in list(self._published) if indices is None else indices:
+            flag = self._published.get(index)  # none where nothing was updated yet
+            if flag is not None and not flag.is_over():
+                self._driver.wait(flag)
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:
         """Where the optimizer updates a slice of this rank's shard: in the node's copy, or in the masters."""

@@ -19,7 +19,8 @@ reach it at other times. The rows of the node are complete when a bucket is star
    them, and add up all rows of the node over those shards' pieces, in any order.
 2. *reduce_scatter*: MPI_Reduce_scatter among the ranks of one local rank. The sum goes straight into the owner's
    segment, which may be another rank's of the node.
-3. With the last bucket, an allgather of the counters: it ends when every rank has written its sums.
+3. With the last bucket, an allgather of the counters and, where nodes differ in size, a node barrier: every rank of
+   the node has then written its sums. Gradients travel as float32 whatever the wire is.
 
 If a rank stops in between, the others wait in a collective until the job is aborted; nothing has been written to the
 weights yet.
@@ -172,6 +173,8 @@ def mpi(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
         yield job.lanes.start.nothing()
     if counters is not None:
         yield from counters.allgather(job.lanes.end, job.assignment)
+        if columns < max(world.node_sizes):  # another rank may have written this one's sum
+            yield job.lanes.end.start_node_barrier()
 
 
 def _local_rank(world: World, rank: int) -> int:

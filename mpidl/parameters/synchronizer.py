@@ -22,7 +22,7 @@ import bisect
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,12 +145,15 @@ class Synchronizer:
         table = self._collect(assignment)
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
+            if self._by_slices and update.has_hooks:
+                self._stop_slicing(update)
             if self._clipping.norm is None and self._by_slices:
                 self._update_in_cache(update, weight)
             else:
                 self._update(update, self._clipped_mean(weight))
             self.route.end_publishing()
-            self._share_squares()
+            if self._clipping.norm is None:
+                self._share_squares()
             self._exchange_buffers(assignment, weight)
         self.world.node_barrier()
         if not weight > 0:
@@ -160,10 +163,10 @@ class Synchronizer:
         self.times.lap("allgather")
         return table
 
-    def wait(self) -> None:
-        """Return when the weights are complete on this node. Collective."""
+    def wait(self, indices: Iterable[int]) -> None:
+        """Return when the weights of these buckets are complete on this node. Not collective."""
         self.times.start()
-        self.route.wait()
+        self.route.wait(indices)
         self.times.lap("allgather")
 
     def publish_all(self) -> None:
@@ -195,6 +198,13 @@ class Synchronizer:
             self._buffers.reset()  # forward has written into them
             self.world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
             raise
+
+    def _stop_slicing(self, update: ShardOptimizer) -> None:
+        """From now on the optimizer's step, and its hooks, see the whole shard at once."""
+        self._by_slices = False
+        if isinstance(self.route, Direct):
+            self.route.keep_gradient()
+            update.set_gradients([self.route.own_gradient(each) for each in self.slices])
 
     def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
         """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
@@ -240,10 +250,17 @@ class Synchronizer:
         self.route.begin_publishing()
         try:
             yield self.route.publish
-        finally:
-            self.times.lap("update")
-            for bucket in reversed(self.route.order):
-                self.route.publish(bucket)
+        except BaseException:
+            self._publish_rest()
+            self.route.wait()
+            self.world.node_barrier()  # in place of the iteration's last one: others may still read rows and weights
+            raise
+        self.times.lap("update")
+        self._publish_rest()
+
+    def _publish_rest(self) -> None:
+        for bucket in reversed(self.route.order):
+            self.route.publish(bucket)
 
     def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
         """The slices [first, last) of this rank's shard that a bucket has."""

@@ -9,12 +9,10 @@ where everyone reads. State (momentum, moments) exists on the owner only: 1/worl
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +60,7 @@ class ShardOptimizer:
     ) -> None:
         self.shard_size = sum(each.size for each in slices)
         self.num_slices = len(slices)
+        self._slices = slices
         parts = []
         for _, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
@@ -95,10 +94,7 @@ class ShardOptimizer:
         return {part.tensor: part.piece for part in itertools.chain(*self._parts)}
 
     def step(self, first: int, last: int) -> None:
-        """Update the slices [first, last) of this rank's weights; every slice once an iteration.
-
-        Hooks that the user gave the optimizer see one step an iteration.
-        """
+        """Update the slices [first, last) of this rank's weights; every slice once an iteration."""
         is_whole = (first, last) == (0, self.num_slices)
         for index, group in enumerate(self.optimizer.param_groups):
             chosen = self._parts[index][self._firsts[index][first] : self._firsts[index][last]]
@@ -106,28 +102,22 @@ class ShardOptimizer:
                 part.tensor.grad = part.gradient  # optimizer.zero_grad() takes it away
             group["params"] = self._tensors[index] if is_whole else [part.tensor for part in chosen]
         try:
-            with self._hooks_only_once(first, last):
-                self.optimizer.step()
+            self.optimizer.step()
         finally:
             for group, tensors in zip(self.optimizer.param_groups, self._tensors, strict=True):
                 group["params"] = tensors
 
-    @contextlib.contextmanager
-    def _hooks_only_once(self, first: int, last: int) -> Iterator[None]:
-        """Hide the optimizer's hooks from all steps of an iteration but one."""
-        optimizer = self.optimizer
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        if not any(hooks):
-            yield
-            return
-        if first > 0:
-            optimizer._optimizer_step_pre_hooks = OrderedDict()
-        if last < self.num_slices:
-            optimizer._optimizer_step_post_hooks = OrderedDict()
-        try:
-            yield
-        finally:
-            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the user gave the optimizer hooks, which may want to see the whole shard at once."""
+        return bool(self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
+
+    def set_gradients(self, gradients: Sequence[Float32Array]) -> None:
+        """Take other memory for each slice's gradient."""
+        for part in itertools.chain(*self._parts):
+            offset = self._slices[part.index].offset
+            inside = slice(part.own.start - offset, part.own.stop - offset)
+            part.gradient = torch.from_numpy(gradients[part.index][inside])
 
     def describe(self) -> str:
         """A hash over what must be the same on all ranks: the optimizer's class and options."""
@@ -182,7 +172,7 @@ class ShardOptimizer:
                 self.optimizer.state[part.tensor] = state
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class _Part:
     """A tensor of the optimizer: what one slice and one param group have in common."""
 

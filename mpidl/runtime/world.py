@@ -3,8 +3,9 @@
 Ranks are numbered node by node: `World.comm` is a private duplicate of MPI_COMM_WORLD, reordered so that the ranks of
 one node follow each other (rank 0 stays rank 0). A *node* is the set of ranks that share memory.
 
-The main thread makes every call. All waits go through `waiting.wait`, so that a waiting rank gives its core away where
-ranks share cores. Methods named in lower case with arrays move buffers and never pickle; the `_object` ones pickle.
+The main thread makes every call; those on a `duplicate` may be another thread's. All waits go through `waiting.wait`,
+so that a waiting rank gives its core away where ranks share cores. Methods named in lower case with arrays move buffers
+and never pickle; the `_object` ones pickle.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import nn
 
 import mpidl
 from mpidl.errors import LayoutError, NonFiniteLossError
-from mpidl.parameters import layout
+from mpidl.parameters import layout, synchronizer
 from mpidl.parameters.bucket_size import COUNTED, SETTLING, BucketSize
 from mpidl.runtime import World
 from tests.mpi.cases import ADAM, NUM_FEATURES, SGD, dense, made
@@ -194,3 +197,80 @@ def test_a_given_bucket_size_stays(world: World) -> None:
     assert size.value == 4
     assert BucketSize(world, num_cells=2, fixed=100).value == 2
     assert BucketSize(world, num_cells=1).is_settled
+
+
+def test_a_copy_of_the_model_is_a_plain_one_between_nodes_too(world: World) -> None:
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            model = made(dense)
+            manager = mpidl.ParameterManager(model, SGD, world=other)
+            backward(model, world.rank, 0)
+            manager.step(wait=False)
+            copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+            manager.close()
+        assert difference(copied, model) == 0
+        copied(torch.zeros(1, NUM_FEATURES))
+        assert type(next(iter(copied.children()))._parameters) is dict
+
+
+def test_a_first_step_without_samples_updates_nothing(world: World) -> None:
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            model, twin = made(dense), made(dense)
+            manager = mpidl.ParameterManager(model, SGD, world=other)
+            assert manager.step(num_samples=0) == 0
+            model(torch.zeros(1, NUM_FEATURES))
+            assert difference(model, twin) == 0
+            manager.close()
+
+
+def test_hooks_of_the_optimizer_see_the_whole_shard_once_an_iteration(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synchronizer, "SLICE_SIZE", 4096)
+    seen: list[float] = []
+
+    def halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        seen.append(sum(tensor.numel() for tensor in tensors))
+        for tensor in tensors:
+            if tensor.grad is not None:
+                tensor.grad /= 2
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad /= 2
+
+    twin = twin_after(3, SGD, world.size, clip)
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            seen.clear()
+            model = made(dense)
+            manager = mpidl.ParameterManager(model, SGD, world=other)
+            manager.optimizer.register_step_pre_hook(halve)
+            for iteration in range(3):
+                backward(model, world.rank, iteration)
+                manager.step()
+            assert seen == [sum(stop - start for start, stop in manager.shard_runs)] * 3
+            manager.close()
+        assert difference(model, twin) < 2e-6
+
+
+def test_a_constructor_that_fails_gives_the_model_back(world: World) -> None:
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            model = made(dense)
+            with pytest.raises(LayoutError, match="LBFGS"):
+                mpidl.ParameterManager(model, torch.optim.LBFGS, world=other)
+            assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+            assert all(type(module._parameters) is dict for module in model.modules())
+            manager = mpidl.ParameterManager(model, SGD, world=other)
+            backward(model, world.rank, 0)
+            manager.step()
+            manager.close()
+    assert threading.active_count() == 1 or not any(t.name == "mpidl-exchange" for t in threading.enumerate())
+
+
+def test_a_baseline_takes_no_narrow_wire() -> None:
+    with pytest.raises(LayoutError, match="'driver' sends float32 only"):
+        mpidl.ParameterManager(made(dense), SGD, reduction="driver", wire="bfloat16")
