@@ -201,6 +201,9 @@ WAYS: dict[str, _MakesWay] = {
 }
 """All ways by name, but for `Alone`, which is always measured beside them."""
 
+ROUNDING = {"mpidl-bfloat16"}
+"""Ways whose weights lose digits where they travel."""
+
 
 def _distributed(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():  # newer releases of torch call broadcast_buffers by another name
