@@ -22,6 +22,8 @@ from mpidl.runtime import World
 from tests.mpi.cases import ADAM, NUM_FEATURES, SGD, dense, made
 from tests.mpi.worlds import node_layouts, with_nodes
 
+pytestmark = pytest.mark.thorough
+
 Clip = Callable[[list[nn.Parameter]], object]
 
 

@@ -22,6 +22,8 @@ from tests.mpi.cases import NUM_FEATURES, SGD, classes, dense, job_of, made, nor
 from tests.mpi.reference import differing, largest_difference
 from tests.mpi.worlds import node_layouts, with_nodes
 
+pytestmark = pytest.mark.thorough
+
 LARS = functools.partial(mpidl.Lars, lr=8.0, trust_coefficient=0.01, weight_decay=0.02)
 LAMB = functools.partial(mpidl.Lamb, lr=0.02, weight_decay=0.1)
 BOTH = pytest.mark.parametrize("optimizer", [LARS, LAMB], ids=["lars", "lamb"])

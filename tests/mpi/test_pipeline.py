@@ -29,6 +29,8 @@ from tests.mpi.cases import ADAM, NUM_FEATURES, SGD, made
 from tests.mpi.reference import differing
 from tests.mpi.worlds import with_nodes
 
+pytestmark = pytest.mark.thorough
+
 ITERATIONS = 6
 LEARNT = 2
 """The first iteration whose buckets are announced: the one before it showed how many gradients there are."""

@@ -20,6 +20,8 @@ from tests.mpi import reference
 from tests.mpi.cases import NUM_CLASSES, NUM_FEATURES, SGD, classes, dense, job_of, made, trainer_of
 from tests.mpi.reference import differing, largest_difference
 
+pytestmark = pytest.mark.thorough
+
 CHANNELS = 5
 SHAPES = {"1d": (), "1d of sequences": (7,), "2d": (3, 4), "3d": (2, 3, 2)}
 LAYERS: dict[str, Callable[..., nn.Module]] = {
