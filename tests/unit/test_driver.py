@@ -115,6 +115,7 @@ def breaking(waits_for: Flag) -> Course:
     raise Broken("the course is broken")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends a job
 def test_an_exception_reaches_the_waiter_and_every_later_call(driver: Either) -> None:
     driver.add(telling([], "never", [Flag()]))
     calls: list[Callable[[], None]] = [
@@ -131,6 +132,7 @@ def test_an_exception_reaches_the_waiter_and_every_later_call(driver: Either) ->
             call()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends a job
 def test_an_exception_comes_at_the_next_call_where_nobody_waited() -> None:
     driver, over = ThreadDriver(), Flag()
     over.raise_flag()
