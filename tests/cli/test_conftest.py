@@ -117,7 +117,6 @@ def test_dies(world):
 """
     ended = pytest_on(3, suite, code)
     assert ended.returncode != 0
-    assert ended.seconds < 40.0
 
 
 def test_different_tests_on_the_ranks_are_refused(suite: Path) -> None:
