@@ -75,7 +75,7 @@ test-1-args := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reo
 
 test: setup  ## Run all tests: plain pytest, then under mpirun with 2, 3 and 4 ranks.
 	$(call pytest,test-1) $(test-1-args)
-	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi
+	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi -m "not thorough"
 	$(call pytest,test-3,$(MPIRUN) -n 3) tests/mpi -m "not thorough"
 	$(call pytest,test-4,$(MPIRUN) -n 4) tests/mpi -m "not thorough"
 
