@@ -74,8 +74,8 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != 1:
-        raise CheckpointError(f"{path / MANIFEST} is not of format 1, the one that this version reads")
+    if not isinstance(manifest, dict) or manifest.get("format") != 2:
+        raise CheckpointError(f"{path / MANIFEST} is not of format 2, the one that this version reads")
     missing = sorted(_KEYS - manifest.keys())
     if missing:
         raise CheckpointError(f"{path / MANIFEST} lacks {', '.join(missing)}: it is damaged")

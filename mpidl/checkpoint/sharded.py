@@ -157,7 +157,7 @@ def _finish(
     write_json(
         temporary / MANIFEST,
         {
-            "format": 1,
+            "format": 2,
             "mpidl": __version__,
             "torch": torch.__version__,
             "layout": manager.layout.digest(),

@@ -115,6 +115,8 @@ class ParameterManager:
         self._trained = {id(parameter) for _, parameter in self._parameters}
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
+        settings = (reduction, wire, clip_norm, clip_value, bucket_mb)
+        self.world.check_equal("the exchange's settings", repr(settings), LayoutError)
         self._buffers = ModelBuffers(model)
         make = functools.partial(
             Synchronizer,
@@ -290,12 +292,12 @@ class ParameterManager:
             wait: False: between nodes, weights may still arrive while the next forward runs; each module waits for its
                 own when its forward begins. Whoever reads weights otherwise than through their module calls `wait`.
 
+        Returns:
+            The sum of all ranks' num_samples (the number of ranks by default); 0: nothing was updated.
+
         Raises:
             NonFiniteLossError: on every rank, with `clip_norm`: the gradient's norm is not finite. Nothing was updated;
                 whoever goes on calls `zero_grad` first.
-
-        Returns:
-            The sum of all ranks' num_samples (the number of ranks by default); 0: nothing was updated.
         """
         if self._accumulating:
             return 0.0

@@ -252,8 +252,12 @@ class Synchronizer:
             yield self.route.publish
         except BaseException:
             self._publish_rest()
-            self.route.wait()
-            self.world.node_barrier()  # in place of the iteration's last one: others may still read rows and weights
+            # Others of the node may still read rows and write weights. Between nodes the driver knows when they are
+            # done; a barrier there would wait for ranks that wait for this one in the next collective.
+            if isinstance(self.route, Direct):
+                self.world.node_barrier()  # in place of the iteration's last one
+            else:
+                self.route.wait()
             raise
         self.times.lap("update")
         self._publish_rest()

@@ -390,10 +390,10 @@ def test_a_damaged_or_missing_file_is_refused_by_all_ranks_and_nothing_is_loaded
     [
         (None, "not a whole checkpoint"),
         ("", "not a whole checkpoint"),
-        ('{"format": 1, ', "not a whole checkpoint"),
-        ("[]", "not of format 1"),
-        ('{"format": 2}', "not of format 1"),
-        ('{"format": 1}', "manifest.json lacks aliases, buffers, layout"),
+        ('{"format": 2, ', "not a whole checkpoint"),
+        ("[]", "not of format 2"),
+        ('{"format": 1}', "not of format 2"),
+        ('{"format": 2}', "manifest.json lacks aliases, buffers, layout"),
     ],
 )
 def test_a_manifest_that_is_missing_or_not_ours_is_refused(

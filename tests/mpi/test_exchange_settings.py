@@ -276,3 +276,38 @@ def test_a_constructor_that_fails_gives_the_model_back(world: World) -> None:
 def test_a_baseline_takes_no_narrow_wire() -> None:
     with pytest.raises(LayoutError, match="'driver' sends float32 only"):
         mpidl.ParameterManager(made(dense), SGD, reduction="driver", wire="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "clip_value", "bucket_mb"])
+def test_ranks_with_other_settings_are_refused_on_all(world: World, name: str) -> None:
+    if world.size == 1:
+        pytest.skip("one rank agrees with itself")
+    settings = {name: 1.0 + (world.rank == world.size - 1)}
+    with pytest.raises(LayoutError, match=f"the exchange's settings of rank {world.size - 1}"):
+        mpidl.ParameterManager(made(dense), SGD, **settings)
+
+
+def test_an_exception_of_one_rank_s_optimizer_leaves_no_rank_of_its_node_waiting(world: World) -> None:
+    # Two ranks on a node of several: the one that raises must not wait for the other, which waits for it.
+    if world.size < 3:
+        pytest.skip("needs a node of two ranks and another node")
+    with with_nodes(world, (2,) + (1,) * (world.size - 2)) as other:
+        model = made(dense)
+        manager = mpidl.ParameterManager(model, SGD, world=other)
+        backward(model, world.rank, 0)
+        manager.step()
+
+        def fail() -> None:
+            raise ArithmeticError("in the optimizer")
+
+        backward(model, world.rank, 1)
+        if world.rank == 0:
+            manager.optimizer.step = fail
+            with pytest.raises(ArithmeticError):
+                manager.step()
+            # Such a job ends; here rank 0 takes part in what the others still do.
+            manager._sync._share_squares()
+            other.node_barrier()
+        else:
+            manager.step()
+        other.barrier()
