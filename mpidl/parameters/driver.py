@@ -2,8 +2,10 @@
 
 With a thread, the exchanges go on while the main thread computes; without one (where MPI was not granted
 MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of
-its own only. It never blocks inside MPI: it looks at what each exchange waits for, gives its core away when nothing
-has moved, and sleeps while all of them wait for the main thread to say something.
+its own only. It never blocks inside MPI, and never yields: it looks at what each exchange waits for and sleeps when
+nothing has moved, longer each time; until somebody speaks, where all of them wait for the main thread. (A thread that
+yields has to wait behind one that computes: Linux from 6.18 on lets it have the core every 15 to 60 ms only, where one
+that slept gets it at once.)
 
 A generator's exception ends the driver; it is raised by every later call of the main thread's.
 """
@@ -109,6 +111,11 @@ class Driver:
         """Let nothing more be added. All courses have ended."""
 
 
+FIRST_SLEEP_S, LONGEST_SLEEP_S = 2e-4, 1e-3
+"""A message's next part waits as long for the thread: the first where the main thread waits too, else up to the last.
+Shorter sleeps took more of the core than they gave."""
+
+
 class ThreadDriver:
     """Advances courses in a thread of its own."""
 
@@ -159,17 +166,26 @@ class ThreadDriver:
             self._waited_for.raise_flag()
 
     def _drive(self) -> None:
-        driver, patience = Driver(), Patience()
+        driver, patience = Driver(), Patience(yields=0, first_s=FIRST_SLEEP_S, longest_s=LONGEST_SLEEP_S)
         while True:
-            self._wake.clear()  # before looking: what is said while we look wakes us again
-            while not self._added.empty():
-                courses = self._added.get()
-                if courses is None:
-                    return
-                driver.add(*courses)
+            if self._take_added(driver):
+                return
             if driver.poll():
                 patience.reset()
-            elif driver.waits_for_flags:
-                self._wake.wait()
-            else:
+            elif not driver.waits_for_flags:
+                if self._waited_for is not None:
+                    patience.reset()
                 patience.pause()
+            elif self._wake.is_set():  # something was said, or added, since the last time
+                self._wake.clear()
+            else:
+                self._wake.wait()
+
+    def _take_added(self, driver: Driver) -> bool:
+        """Begin what was added; returns whether that was the end."""
+        while not self._added.empty():
+            courses = self._added.get()
+            if courses is None:
+                return True
+            driver.add(*courses)
+        return False

@@ -41,22 +41,33 @@ def wait(request: Request, shares_cores: bool) -> None:
 
 
 class Patience:
-    """How somebody waits who looks again and again at several things: at once at first, then after short sleeps."""
+    """How somebody waits who looks again and again at several things.
 
-    def __init__(self) -> None:
-        self._rounds = 0
+    Args:
+        yields: how often the core is only given away, before the first sleep.
+        first_s: the first sleep.
+        longest_s: what sleeps grow to, each twice as long as the last; default: they stay the same.
+    """
+
+    def __init__(
+        self, yields: int = TESTS_BEFORE_SLEEP, first_s: float = SLEEP_S, longest_s: float | None = None
+    ) -> None:
+        self._yields = yields
+        self._first_s, self._longest_s = first_s, first_s if longest_s is None else longest_s
+        self.reset()
 
     def reset(self) -> None:
         """Something has moved."""
-        self._rounds = 0
+        self._left, self._sleep_s = self._yields, self._first_s
 
     def pause(self) -> None:
         """Nothing has: give the core away."""
-        self._rounds += 1
-        if self._rounds < TESTS_BEFORE_SLEEP:
+        if self._left > 0:
+            self._left -= 1
             os.sched_yield()
-        else:
-            time.sleep(SLEEP_S)
+            return
+        time.sleep(self._sleep_s)
+        self._sleep_s = min(2 * self._sleep_s, self._longest_s)
 
 
 def completes_within(request: Request, limit_s: float) -> bool:
