@@ -16,7 +16,7 @@ collective until the job is ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,10 @@ from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
 from mpidl.parameters.layout import Shards, Slice
+from mpidl.parameters.reduction import Job, Lanes, Steps, ordered
+from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.wire import WIRES
+from mpidl.runtime import World
 
 BASELINES = ("driver", "tree", "allreduce")
 
@@ -40,13 +44,26 @@ def shards_for(strategy: str, size: int, world_size: int) -> Shards:
 class Baseline:
     """The exchange of one vector between ranks that share nothing; what `Pipeline` is to the parameter manager."""
 
-    def __init__(self, exchange: Exchange, counters: Counters, strategy: str) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        changes: Exchange,
+        counters: Counters,
+        strategy: str,
+        share_squares: Callable[[World], Steps] | None,
+    ) -> None:
         self.exchange = exchange
+        self.changes = changes
         self.buckets = exchange.buckets(1)
         self.order = self.buckets
         self._counters = counters
         self._strategy = strategy
+        self._share_squares = share_squares
         self._total = np.empty(exchange.size, np.float32)
+
+    def set_changes(self, changes: Exchange) -> None:
+        """Exchange these from now on."""
+        self.changes = changes
 
     @property
     def gradient_bytes(self) -> int:
@@ -106,16 +123,32 @@ class Baseline:
     def take_weights(self) -> None:
         """There are no others than this rank's copy."""
 
-    def begin_publishing(self) -> None:
+    def begin_publishing(self, *, weights_only: bool = False) -> None:
         """Weights are published all at once."""
 
     def publish(self, bucket: Bucket) -> None:
         """Weights are published all at once."""
 
+    def publish_changes(self, assignment: Assignment, divisor: float) -> None:
+        """Bring the mean of the changes to all. Collective."""
+        if not self.changes.size:
+            return
+        world = self.exchange.world
+        plan = row_plan(assignment, world.node_of, world.rank)
+        job = Job(self.changes, assignment, plan, WIRES["float32"], Lanes(world, world), Scratch())
+        for pending in ordered(job, self.changes.whole(), None):
+            pending.wait()
+        self.changes.divide_sum(divisor)
+        self.changes.spread()
+
     def end_publishing(self) -> None:
-        """Bring rank 0's weights to all. Collective."""
-        if self._strategy != "allreduce":
-            self.exchange.world.broadcast(self.exchange.result)
+        """Bring rank 0's weights, and the gradient's squares, to all. Collective."""
+        if self._strategy == "allreduce":
+            return
+        world = self.exchange.world
+        world.broadcast(self.exchange.result)
+        for pending in () if self._share_squares is None else self._share_squares(world):
+            pending.wait()
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Nothing is under way."""

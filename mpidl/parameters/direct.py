@@ -23,23 +23,31 @@ class Direct:
     """The exchange of one vector inside a node; what `Pipeline` is to several.
 
     Args:
-        exchange: without sums.
+        exchange: of gradients and weights, without sums.
+        changes: of the changes of the model's buffers.
         counters: of the partitions.
         slices: this rank's shard.
         keeps_gradient: whether the gradient of the whole shard is wanted at once, instead of one slice's after another.
     """
 
-    def __init__(self, exchange: Exchange, counters: Counters, slices: Sequence[Slice], keeps_gradient: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, changes: Exchange, counters: Counters, slices: Sequence[Slice], keeps_gradient: bool
+    ) -> None:
         self.exchange = exchange
+        self.changes = changes
         # Used again for slice after slice, it stays in cache, and no gradient is ever written to memory.
         largest = max((each.size for each in slices), default=0)
         size = sum(each.size for each in slices) if keeps_gradient else largest
         self._gradient = np.zeros(size, np.float32)
         self._keeps_gradient = keeps_gradient
-        self.buckets = exchange.buckets(len(exchange.shards.cells))
+        self.buckets = [exchange.whole()]
         self.order = self.buckets
         self._counters = counters
         self._plan: RowPlan | None = None
+
+    def set_changes(self, changes: Exchange) -> None:
+        """Exchange these from now on."""
+        self.changes = changes
 
     def begin(self, assignment: Assignment) -> bool:
         """Nothing is announced here, so every iteration is new."""
@@ -82,11 +90,18 @@ class Direct:
     def take_weights(self) -> None:
         """There are no others than the node's copy."""
 
-    def begin_publishing(self) -> None:
+    def begin_publishing(self, *, weights_only: bool = False) -> None:
         """Nothing is published here."""
 
     def publish(self, bucket: Bucket) -> None:
         """The update has written where everyone reads."""
+
+    def publish_changes(self, assignment: Assignment, divisor: float) -> None:
+        """Write the mean of the changes over this rank's shard."""
+        plan = row_plan(assignment, self.exchange.world.node_of, self.exchange.world.rank)
+        for piece in self.changes.pieces(self.changes.whole(), self.exchange.world.rank):
+            out, unused = self.changes.result[piece.start : piece.stop], np.empty(-(-piece.size // kernels.BLOCK_SIZE))
+            mean_of_node(self.changes, plan, piece, divisor, out, unused)
 
     def end_publishing(self) -> None:
         """Nothing is under way."""

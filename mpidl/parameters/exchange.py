@@ -85,6 +85,11 @@ class Exchange:
             for index, (first, last) in enumerate(zip(firsts, lasts, strict=True))
         ]
 
+    def whole(self) -> Bucket:
+        """All cells in one bucket."""
+        (bucket,) = self.buckets(len(self.shards.cells))
+        return bucket
+
     def pieces(self, bucket: Bucket, rank: int) -> list[Slice]:
         """A rank's pieces of a bucket, none of them empty."""
         found = self._pieces.get((bucket, rank))
@@ -107,6 +112,13 @@ class Exchange:
         world = self.world
         local = shard - world.first_rank_of(world.node_of[shard])
         return world.first_rank_of(node) + local % world.node_sizes[node]
+
+    def divide_sum(self, divisor: float) -> None:
+        """Write the mean over this rank's shard, whose sum is complete, into the result."""
+        for piece in self.pieces(self.whole(), self.world.rank):
+            unused = np.empty(-(-piece.size // kernels.BLOCK_SIZE))
+            kernels.divide(self.sum[piece.own], divisor, unused)
+            self.result[piece.start : piece.stop] = self.sum[piece.own]
 
     def start_spread(self, lane: World, bucket: Bucket) -> list[Pending]:
         """Begin to bring every rank's pieces of a bucket of the result to all other nodes. Collective.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -346,7 +345,7 @@ class ParameterManager:
     @property
     def grad_norm(self) -> float:
         """The L2 norm of the last update's mean gradient over all parameters, before `clip_norm`. Not collective."""
-        return math.sqrt(float(self._sync.squares.sum()))
+        return self._sync.norm()
 
     # --- state ----------------------------------------------------------------------------------------------------
 

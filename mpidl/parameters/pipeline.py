@@ -10,14 +10,16 @@ own where MPI allows) makes all MPI calls of the exchange. They talk by flags, e
    way; when one is over, the owner's sum is complete.
 3. *collect* (main): writes the counters, announces what is left and waits for all reductions. The last bucket is never
    announced earlier, since the counters ride with it; so its node barrier says that every rank of the node has ended
-   its last backward, and nobody reads weights until 5.
-4. *update* (main, `synchronizer.py`): each bucket of this rank's shard, in the order in which forward needs it.
-5. *publish* (driver), bucket by bucket: shards go to the other nodes' copies; a node barrier says that the bucket is
-   complete on this node. A rank may read a bucket's weights from here on, and write its rows once any bucket is
-   published: its node's ranks have then all ended their reductions.
+   its last backward, and nobody reads weights until 5. The changes of the model's buffers, a vector of their own, are
+   reduced as one bucket before it.
+4. *update* (main, `synchronizer.py`): the mean of the changes, then each bucket of this rank's shard, in the order in
+   which forward needs it, then a node barrier: its ranks have all ended their reductions, and rows may be written.
+5. *publish* (driver): first the changes, for which the main thread waits before it updates, then the weights bucket by
+   bucket, at last the squares: each goes from its owners to the other nodes' copies; a node barrier says that it is
+   complete on this node. A rank may read a bucket's weights from here on.
 
-Buffers: a message's belongs to MPI from the start of its exchange to its end; nobody else knows it. Sums belong to
-their owner from `collect` to the next iteration's first announcement.
+Buffers: a message's is borrowed (`scratch.py`) from before its exchange to its end; only the driver knows it. Sums
+belong to their owner from `collect` to the next iteration's first announcement.
 
 *Announced too early.* A bucket is announced when its gradients have been added as often as in the iteration before.
 Where one is added once more, or changed, or thrown away afterwards (another graph, a second backward, an exception that
@@ -30,7 +32,8 @@ If a rank stops, the others wait in step 2 or 5 until the launcher or the abort 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Generator, Iterable
+import functools
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,41 +46,74 @@ from mpidl.parameters.driver import Awaited, Condition, Course, Driver, Flag, Th
 from mpidl.parameters.exchange import Bucket, Exchange
 from mpidl.parameters.layout import Slice
 from mpidl.parameters.reduction import Job, Lanes, Reduction, Steps
-from mpidl.parameters.wire import Wire
+from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.wire import WIRES, Wire
+from mpidl.runtime import World
 
 MAX_UNDER_WAY = 4
 """Buckets that are exchanged at the same time: enough to keep the wire busy, few enough to cost no memory."""
 
 
-Start = Generator[Awaited, None, tuple[Steps, Awaited]]
+CHANGES, SQUARES = -1, -2
+"""What is exchanged beside the buckets, by numbers like theirs."""
+
+Share = Callable[[World], Steps]
+"""Brings something from its owners to all nodes, by a lane."""
+
+Errand = tuple[int, Callable[[], Steps]]
+"""A number, by which flags know it, and its exchange."""
 
 
 class Pipeline:
-    """The exchange of one vector's buckets between nodes. Construction is collective."""
+    """The exchange of one vector's buckets between nodes. Construction is collective.
+
+    Args:
+        exchange: of gradients and weights.
+        changes: of the changes of the model's buffers.
+        counters: of the partitions.
+        reduction: how sums reach their owners.
+        wire: what travels.
+        share_squares: brings the squares of all shards to all nodes; None where somebody else does.
+    """
 
     def __init__(
-        self, exchange: Exchange, counters: Counters, reduction: Reduction, wire: Wire, cells_per_bucket: int = 1
+        self,
+        exchange: Exchange,
+        changes: Exchange,
+        counters: Counters,
+        reduction: Reduction,
+        wire: Wire,
+        share_squares: Share | None = None,
     ) -> None:
         self.exchange = exchange
-        self.set_bucket_size(cells_per_bucket)
+        self.changes = changes
+        self._published: dict[int, Flag] = {}
+        self.set_bucket_size(1)
         self._counters = counters
         self._reduction = reduction
         self._wire = wire
+        self._share_squares = share_squares
+        self._scratch = Scratch()
         world = exchange.world
         self.masters = np.empty(exchange.sum.size, np.float32) if wire.rounds else None
         """Float32 weights of this rank's shard, where the node's copy holds rounded ones."""
         self._reducing = Lanes(world.duplicate(), world.duplicate())
         self._publishing = Lanes(world.duplicate(), world.duplicate())
         self._driver: Driver | ThreadDriver = ThreadDriver() if world.takes_threads else Driver()
-        self._job: Job | None = None
+        self._jobs: list[Job] = []
         self._ready: dict[int, Flag] = {}
         self._reduced = Flag()
         self._updated: dict[int, Flag] = {}
 
+    def set_changes(self, changes: Exchange) -> None:
+        """Exchange these from now on, between two iterations. Collective."""
+        self._abandon()
+        self.changes = changes
+
     def set_bucket_size(self, num_cells: int) -> None:
-        """Make buckets of so many cells, between two iterations and when all weights are published. Collective."""
+        """Make buckets of so many cells, between two iterations. Collective."""
+        self.wait()
         self.buckets = self.exchange.buckets(num_cells)
-        self._published: dict[int, Flag] = {}
         self.order = list(reversed(self.buckets))
         """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
 
@@ -90,18 +126,22 @@ class Pipeline:
 
     def begin(self, assignment: Assignment) -> bool:
         """Make ready for an iteration's announcements; returns whether none was made yet."""
-        if self._job is not None:
-            if self._job.assignment == assignment:
-                return False
-            self.collect(self._job.assignment)  # an exception ended that iteration on all ranks; its rows are of no use
-        if self._published:
-            self.wait([0])  # the first to be published: rows may be written from then on
+        if self._jobs and self._jobs[0].assignment == assignment:
+            return False
+        self._abandon()
         world = self.exchange.world
         plan = row_plan(assignment, world.node_of, world.rank)
-        self._job = Job(self.exchange, assignment, plan, self._wire, self._reducing)
-        self._ready = {bucket.index: Flag() for bucket in self.buckets}
-        self._reduced = Flag()
-        self._driver.add(*self._two_stage(self.order, self._start_reduction, self._end_reduction, self._reduced))
+        job = Job(self.exchange, assignment, plan, self._wire, self._reducing, self._scratch)
+        job_of_changes = Job(self.changes, assignment, plan, WIRES["float32"], self._reducing, self._scratch)
+        self._jobs = [job, job_of_changes]
+        *others, last = self.order
+        errands: list[Errand] = [(b.index, functools.partial(self._reduction, job, b, None)) for b in others]
+        if self.changes.size:
+            whole = self.changes.whole()
+            errands.append((CHANGES, functools.partial(self._reduction, job_of_changes, whole, None)))
+        errands.append((last.index, functools.partial(self._reduce_last, job, last)))
+        self._ready, self._reduced = {index: Flag() for index, _ in errands}, Flag()
+        self._driver.add(*self._two_stage(errands, self._start_reduction, self._end_reduction, self._reduced))
         return True
 
     def announce(self, index: int) -> None:
@@ -119,23 +159,25 @@ class Pipeline:
         for flag in self._ready.values():
             self._driver.say(flag)
         self._driver.wait(self._reduced)
-        assert self._job is not None
-        job, self._job = self._job, None
-        return job.local_sum_s
+        jobs, self._jobs = self._jobs, []
+        return sum(job.local_sum_s for job in jobs)
 
-    def _start_reduction(self, bucket: Bucket) -> Start:
-        """Up to where the bucket's messages are under way; returns what is left to do, and what it waits for."""
-        assert self._job is not None
-        job = self._job
-        yield self._ready[bucket.index]
+    def _abandon(self) -> None:
+        """End an iteration that was left unfinished, on all ranks alike: its rows are of no use. Collective."""
+        if self._jobs:
+            self.collect(self._jobs[0].assignment)
+
+    def _reduce_last(self, job: Job, bucket: Bucket) -> Steps:
+        self._counters.read_node(self.exchange.world, job.assignment)
+        yield from self._reduction(job, bucket, self._counters)
+
+    def _start_reduction(self, errand: Errand) -> Generator[Awaited, None, Steps]:
+        index, exchange = errand
+        yield self._ready[index]
         yield self._reducing.start.start_node_barrier()
-        is_last = bucket is self.order[-1]
-        if is_last:
-            self._counters.read_node(self.exchange.world, job.assignment)
-        steps = self._reduction(job, bucket, self._counters if is_last else None)
-        return steps, next(steps)
+        return exchange()
 
-    def _end_reduction(self, bucket: Bucket, steps: Steps) -> Course:
+    def _end_reduction(self, errand: Errand, steps: Steps) -> Course:
         yield from steps
 
     # --- update -----------------------------------------------------------------------------------------------
@@ -150,22 +192,38 @@ class Pipeline:
 
     # --- publish ----------------------------------------------------------------------------------------------
 
-    def begin_publishing(self) -> None:
+    def begin_publishing(self, *, weights_only: bool = False) -> None:
         """Make ready for an iteration's updated buckets."""
         self.wait()
-        self._updated = {bucket.index: Flag() for bucket in self.buckets}
-        self._published = {bucket.index: Flag() for bucket in self.buckets}
-        self._driver.add(*self._two_stage(self.order[::-1], self._start_publishing, self._end_publishing, Flag()))
+        lane = self._publishing.start
+        errands: list[Errand] = [(b.index, functools.partial(self._publication, b)) for b in self.order[::-1]]
+        if self.changes.size and not weights_only:
+            share = functools.partial(publication.exact, self.changes, lane, self.changes.whole())
+            errands.insert(0, (CHANGES, share))
+        if self._share_squares is not None and not weights_only:
+            errands.append((SQUARES, functools.partial(self._share_squares, lane)))
+        self._updated = {index: Flag() for index, _ in errands}
+        self._published = {index: Flag() for index, _ in errands}
+        self._driver.add(*self._two_stage(errands, self._start_publishing, self._end_publishing, Flag()))
 
     def publish(self, bucket: Bucket) -> None:
         """Say that this rank's shard of a bucket's weights is updated."""
         self._driver.say(self._updated[bucket.index])
 
+    def publish_changes(self, assignment: Assignment, divisor: float) -> None:
+        """Turn the sum of the changes into the mean, and begin to bring it to all nodes. Collective."""
+        if not self.changes.size:
+            return
+        self.changes.divide_sum(divisor)
+        self._driver.say(self._updated[CHANGES])
+
     def end_publishing(self) -> None:
-        """The driver goes on with it; see `wait`."""
+        """All is updated; the driver goes on with what is left: see `wait`."""
+        for flag in self._updated.values():
+            self._driver.say(flag)
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
-        """Return when the weights of these buckets (default: of all) are complete on this node."""
+        """Return when these (buckets, CHANGES, SQUARES; default: all) are complete on this node."""
         for index in list(self._published) if indices is None else indices:
             flag = self._published.get(index)  # none where nothing was updated yet
             if flag is not None and not flag.is_over():
@@ -187,22 +245,21 @@ class Pipeline:
         lane = self._publishing.start
         if self.masters is None:
             return publication.exact(self.exchange, lane, bucket)
-        return publication.rounded(self.exchange, lane, bucket, self._wire, self.masters)
+        return publication.rounded(self.exchange, lane, bucket, self._wire, self.masters, self._scratch)
 
-    def _start_publishing(self, bucket: Bucket) -> Start:
-        yield self._updated[bucket.index]
-        steps = self._publication(bucket)
-        return steps, next(steps)
+    def _start_publishing(self, errand: Errand) -> Generator[Awaited, None, Steps]:
+        index, exchange = errand
+        yield self._updated[index]
+        return exchange()
 
-    def _end_publishing(self, bucket: Bucket, steps: Steps) -> Course:
+    def _end_publishing(self, errand: Errand, steps: Steps) -> Course:
         yield from steps
         yield self._publishing.end.start_node_barrier()
-        self._published[bucket.index].raise_flag()
+        self._published[errand[0]].raise_flag()
 
     def close(self) -> None:
         """End the thread. Collective."""
-        if self._job is not None:  # an exception left the iteration unfinished; the ranks end it alike
-            self.collect(self._job.assignment)
+        self._abandon()
         self.wait()
         self._driver.close()
         for lanes in (self._reducing, self._publishing):
@@ -213,26 +270,26 @@ class Pipeline:
 
     def _two_stage(
         self,
-        buckets: list[Bucket],
-        start: Callable[[Bucket], Start],
-        end: Callable[[Bucket, Steps], Course],
+        errands: Sequence[Errand],
+        start: Callable[[Errand], Generator[Awaited, None, Steps]],
+        end: Callable[[Errand, Steps], Course],
         done: Flag,
     ) -> tuple[Course, Course]:
-        """Two courses: one starts bucket after bucket, the other ends them in the same order."""
-        under_way: collections.deque[tuple[Bucket, Steps, Awaited]] = collections.deque()
+        """Two courses: one starts errand after errand, the other ends them in the same order."""
+        under_way: collections.deque[tuple[Errand, Steps, Awaited]] = collections.deque()
 
         def starting() -> Course:
-            for bucket in buckets:
+            for errand in errands:
                 yield Condition(lambda: len(under_way) < MAX_UNDER_WAY)
-                steps, awaited = yield from start(bucket)
-                under_way.append((bucket, steps, awaited))
+                steps = yield from start(errand)
+                under_way.append((errand, steps, next(steps)))
 
         def ending() -> Course:
-            for _ in buckets:
+            for _ in errands:
                 yield Condition(lambda: bool(under_way))
-                bucket, steps, awaited = under_way[0]
+                errand, steps, awaited = under_way[0]
                 yield awaited
-                yield from end(bucket, steps)
+                yield from end(errand, steps)
                 under_way.popleft()
             done.raise_flag()
 

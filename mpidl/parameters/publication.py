@@ -9,11 +9,10 @@ Generators like those of `reduction.py`: what stands before the first `yield` st
 
 from __future__ import annotations
 
-import numpy as np
-
 from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
 from mpidl.parameters.reduction import Steps
-from mpidl.parameters.wire import Wire
+from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.wire import AnyArray, Wire
 from mpidl.runtime import World
 
 
@@ -22,7 +21,9 @@ def exact(exchange: Exchange, lane: World, bucket: Bucket) -> Steps:
     yield from exchange.start_spread(lane, bucket)
 
 
-def rounded(exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters: Float32Array) -> Steps:
+def rounded(
+    exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters: Float32Array, scratch: Scratch
+) -> Steps:
     """One all-to-all of words. Collective.
 
     Args:
@@ -31,29 +32,34 @@ def rounded(exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters
         bucket: which part of it.
         wire: that rounds.
         masters: float32, (shard size,); this rank's.
+        scratch: for the messages.
     """
     world = exchange.world
     own = exchange.pieces(bucket, world.rank)
-    words = np.concatenate([np.empty(0, wire.dtype), *(wire.to_words(masters[piece.own]) for piece in own)])
-    _place(exchange, bucket, world.rank, wire, words)
+    own_size = sum(piece.size for piece in own)
     send_counts, receive_counts, offsets, total = [0] * world.size, [0] * world.size, [0] * world.size, 0
     for node in range(world.num_nodes):
         if node != world.node:
-            send_counts[exchange.duty_rank(world.rank, node)] = words.size
+            send_counts[exchange.duty_rank(world.rank, node)] = own_size
     senders = [shard for shard in exchange.duties() if world.node_of[shard] != world.node]
     for shard in senders:
         receive_counts[shard] = sum(piece.size for piece in exchange.pieces(bucket, shard))
         offsets[shard] = total
         total += receive_counts[shard]
-    received = np.empty(total, wire.dtype)
-    yield lane.start_alltoall_varying(words, send_counts, [0] * world.size, received, receive_counts, offsets)
-    for shard in senders:
-        _place(exchange, bucket, shard, wire, received[offsets[shard] : offsets[shard] + receive_counts[shard]])
+    with scratch.borrow(own_size, wire.dtype) as words, scratch.borrow(total, wire.dtype) as received:
+        position = 0
+        for piece in own:
+            wire.write(masters[piece.own], words[position : position + piece.size])
+            position += piece.size
+        _place(exchange, bucket, world.rank, wire, words)
+        yield lane.start_alltoall_varying(words, send_counts, [0] * world.size, received, receive_counts, offsets)
+        for shard in senders:
+            _place(exchange, bucket, shard, wire, received[offsets[shard] : offsets[shard] + receive_counts[shard]])
 
 
-def _place(exchange: Exchange, bucket: Bucket, shard: int, wire: Wire, words: Float32Array) -> None:
+def _place(exchange: Exchange, bucket: Bucket, shard: int, wire: Wire, words: AnyArray) -> None:
     """Write a shard's words into the node's copy."""
-    values, position = wire.to_values(words), 0
+    position = 0
     for piece in exchange.pieces(bucket, shard):
-        exchange.result[piece.start : piece.stop] = values[position : position + piece.size]
+        wire.read(words[position : position + piece.size], exchange.result[piece.start : piece.stop])
         position += piece.size

@@ -28,9 +28,11 @@ weights yet.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +42,7 @@ from mpidl import kernels
 from mpidl.parameters.assignment import Addends, Assignment, RowPlan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.exchange import Bucket, Exchange
+from mpidl.parameters.scratch import Scratch
 from mpidl.parameters.wire import Wire
 from mpidl.runtime import Pending, World
 
@@ -65,8 +68,16 @@ class Job:
     plan: RowPlan
     wire: Wire
     lanes: Lanes
+    scratch: Scratch
     local_sum_s: float = 0.0
     """Seconds spent adding rows up."""
+
+    @contextlib.contextmanager
+    def summing(self) -> Iterator[None]:
+        """Count the block's time."""
+        begin = time.perf_counter()
+        yield
+        self.local_sum_s += time.perf_counter() - begin
 
 
 class Reduction(Protocol):
@@ -79,42 +90,63 @@ class Reduction(Protocol):
 
 def ordered(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
     """All-to-all of tree rows. Collective."""
-    exchange, plan, world = job.exchange, job.plan, job.exchange.world
-    begin = time.perf_counter()
-    send, send_counts, send_offsets = _pack(job, bucket, counters)
-    own = exchange.pieces(bucket, world.rank)
-    own_size = sum(piece.size for piece in own)
-    counts, offsets, total = [0] * world.size, [0] * world.size, 0
-    others = [node for node in range(world.num_nodes) if node != world.node]
-    for node in others:
-        sender = exchange.duty_rank(world.rank, node)
-        offsets[sender], counts[sender] = total, plan.rows_of_node[node] * own_size
-        if counters is not None:
-            counts[sender] += _words(job, counters, node)
-        total += counts[sender]
-    received = np.empty(total, job.wire.dtype)
-    job.local_sum_s += time.perf_counter() - begin
-    yield job.lanes.start.start_alltoall_varying(send, send_counts, send_offsets, received, counts, offsets)
-    begin = time.perf_counter()
-    rows: list[Float32Array] = []
-    for node in others:
-        offset = offsets[exchange.duty_rank(world.rank, node)]
-        if counters is not None:
-            words = _words(job, counters, node)
-            counters.unpack(received[offset : offset + words], *plan.partitions_of_node[node])
-            offset += words
-        for row in range(plan.rows_of_node[node]):
-            rows.append(job.wire.to_values(received[offset + row * own_size : offset + (row + 1) * own_size]))
-    position = 0
-    for piece in own:
-        addresses = exchange.addresses(plan.local, piece.start)
-        addresses += [row.ctypes.data + 4 * position for row in rows]
-        kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own])
-        position += piece.size
-    job.local_sum_s += time.perf_counter() - begin
+    outgoing, incoming = _outgoing(job, bucket, counters), _incoming(job, bucket, counters)
+    with (
+        job.scratch.borrow(sum(outgoing.counts), job.wire.dtype) as send,
+        job.scratch.borrow(sum(incoming.counts), job.wire.dtype) as received,
+    ):
+        with job.summing():
+            _pack(job, bucket, counters, send)
+        yield job.lanes.start.start_alltoall_varying(
+            send, outgoing.counts, outgoing.offsets, received, incoming.counts, incoming.offsets
+        )
+        with job.summing():
+            _add_received(job, bucket, counters, incoming, received)
 
 
-def _words(job: Job, counters: Counters, node: int) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Messages:
+    """Where in one array the words for, or of, each rank are."""
+
+    counts: list[int]
+    offsets: list[int]
+
+
+def _outgoing(job: Job, bucket: Bucket, counters: Counters | None) -> _Messages:
+    exchange, world = job.exchange, job.exchange.world
+    counts = [0] * world.size
+    head = _words(job, counters, world.node)
+    for shard in _duties_elsewhere(exchange):
+        counts[shard] = head + len(job.plan.sent) * sum(piece.size for piece in exchange.pieces(bucket, shard))
+    return _Messages(counts, _offsets(counts))
+
+
+def _incoming(job: Job, bucket: Bucket, counters: Counters | None) -> _Messages:
+    exchange, world = job.exchange, job.exchange.world
+    own_size = sum(piece.size for piece in exchange.pieces(bucket, world.rank))
+    counts = [0] * world.size
+    for node in _others(world):
+        rows = job.plan.rows_of_node[node]
+        counts[exchange.duty_rank(world.rank, node)] = _words(job, counters, node) + rows * own_size
+    return _Messages(counts, _offsets(counts))
+
+
+def _offsets(counts: list[int]) -> list[int]:
+    return [0, *itertools.accumulate(counts[:-1])]
+
+
+def _others(world: World) -> list[int]:
+    return [node for node in range(world.num_nodes) if node != world.node]
+
+
+def _duties_elsewhere(exchange: Exchange) -> list[int]:
+    world = exchange.world
+    return [shard for shard in exchange.duties() if world.node_of[shard] != world.node]
+
+
+def _words(job: Job, counters: Counters | None, node: int) -> int:
+    if counters is None:
+        return 0
     return counters.num_bytes(*job.plan.partitions_of_node[node]) // int(np.dtype(job.wire.dtype).itemsize)
 
 
@@ -122,27 +154,46 @@ def _chosen(addresses: Sequence[int], addends: Addends) -> NDArray[np.int64]:
     return np.array([addresses[i] for i in addends.rows], dtype=np.int64)
 
 
-def _pack(job: Job, bucket: Bucket, counters: Counters | None) -> tuple[AnyArray, list[int], list[int]]:
+def _pack(job: Job, bucket: Bucket, counters: Counters | None, send: AnyArray) -> None:
     """Add up this node's rows over the pieces of other nodes that are this rank's duty, and lay the messages out."""
     exchange, plan, world = job.exchange, job.plan, job.exchange.world
-    head = 0 if counters is None else _words(job, counters, world.node)
-    shards = [shard for shard in exchange.duties() if world.node_of[shard] != world.node]
-    pieces = {shard: exchange.pieces(bucket, shard) for shard in shards}
-    sizes = {shard: head + len(plan.sent) * sum(piece.size for piece in pieces[shard]) for shard in shards}
-    counts, offsets = [0] * world.size, [0] * world.size
-    send = np.empty(sum(sizes.values()), job.wire.dtype)
-    position = 0
-    for shard in shards:
-        offsets[shard], counts[shard] = position, sizes[shard]
+    head, position = _words(job, counters, world.node), 0
+    for shard in _duties_elsewhere(exchange):
         if counters is not None:
-            send[position : position + head] = counters.pack(*plan.partitions_of_node[world.node]).view(job.wire.dtype)
+            send[position : position + head] = counters.pack(*plan.partitions_of_node[world.node]).view(send.dtype)
             position += head
         for addends in plan.sent:
-            for piece in pieces[shard]:
+            for piece in exchange.pieces(bucket, shard):
                 addresses = _chosen(exchange.addresses(plan.local, piece.start), addends)
-                job.wire.add_rows(addresses, addends.steps, send[position : position + piece.size])
+                with job.scratch.borrow(job.wire.room_for(piece.size), np.float32) as room:
+                    job.wire.add_rows(addresses, addends.steps, send[position : position + piece.size], room)
                 position += piece.size
-    return send, counts, offsets
+
+
+def _add_received(job: Job, bucket: Bucket, counters: Counters | None, incoming: _Messages, received: AnyArray) -> None:
+    """Add this node's rows and the received ones in the tree's order, into the owner's sum."""
+    exchange, plan, world = job.exchange, job.plan, job.exchange.world
+    own = exchange.pieces(bucket, world.rank)
+    own_size = sum(piece.size for piece in own)
+    rows: list[AnyArray] = []
+    for node in _others(world):
+        offset = incoming.offsets[exchange.duty_rank(world.rank, node)]
+        if counters is not None:
+            words = _words(job, counters, node)
+            counters.unpack(received[offset : offset + words], *plan.partitions_of_node[node])
+            offset += words
+        for row in range(plan.rows_of_node[node]):
+            rows.append(received[offset + row * own_size : offset + (row + 1) * own_size])
+    position = 0
+    for piece in own:
+        with contextlib.ExitStack() as stack:
+            addresses = exchange.addresses(plan.local, piece.start)
+            for words_of_row in rows:
+                room = stack.enter_context(job.scratch.borrow(job.wire.room_for(piece.size), np.float32))
+                values = job.wire.values_of(words_of_row[position : position + piece.size], room)
+                addresses.append(values.ctypes.data)
+            kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own])
+        position += piece.size
 
 
 def mpi(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
@@ -150,25 +201,27 @@ def mpi(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
     exchange, world = job.exchange, job.exchange.world
     columns = min(world.node_sizes)
     if world.local_rank < columns:
-        begin = time.perf_counter()
         shards = [s for s in range(world.size) if _local_rank(world, s) % columns == world.local_rank]
         pieces = {shard: exchange.pieces(bucket, shard) for shard in shards}
-        send = np.empty(sum(piece.size for each in pieces.values() for piece in each), np.float32)
-        counts, position = [0] * world.num_nodes, 0
+        counts = [0] * world.num_nodes
         for shard in shards:
-            for piece in pieces[shard]:
-                _sum_in_any_order(job, piece.start, send[position : position + piece.size])
-                counts[world.node_of[shard]] += piece.size
-                position += piece.size
-        received = np.empty(counts[world.node], np.float32)
-        job.local_sum_s += time.perf_counter() - begin
-        yield job.lanes.start.start_column_reduce_scatter(send, received, counts)
-        position = 0
-        for shard in shards:
-            if world.node_of[shard] == world.node:
-                for piece in pieces[shard]:
-                    exchange.sums[_local_rank(world, shard)][piece.own] = received[position : position + piece.size]
+            counts[world.node_of[shard]] += sum(piece.size for piece in pieces[shard])
+        with (
+            job.scratch.borrow(sum(counts), np.float32) as send,
+            job.scratch.borrow(counts[world.node], np.float32) as received,
+        ):
+            with job.summing():
+                position = 0
+                for piece in itertools.chain(*pieces.values()):
+                    _sum_in_any_order(job, piece.start, send[position : position + piece.size])
                     position += piece.size
+            yield job.lanes.start.start_column_reduce_scatter(send, received, counts)
+            position = 0
+            for shard in shards:
+                if world.node_of[shard] == world.node:
+                    for piece in pieces[shard]:
+                        exchange.sums[_local_rank(world, shard)][piece.own] = received[position : position + piece.size]
+                        position += piece.size
     else:
         yield job.lanes.start.nothing()
     if counters is not None:
@@ -190,9 +243,9 @@ def _sum_in_any_order(job: Job, start: int, out: Float32Array) -> None:
     first, *others = job.plan.sent
     kernels.add_rows(addresses[list(first.rows)], first.steps, out)
     for addends in others:
-        part = np.empty_like(out)
-        kernels.add_rows(addresses[list(addends.rows)], addends.steps, part)
-        out += part
+        with job.scratch.borrow(out.size, np.float32) as part:
+            kernels.add_rows(addresses[list(addends.rows)], addends.steps, part)
+            out += part
 
 
 REDUCTIONS: dict[str, Reduction] = {"ordered": ordered, "mpi": mpi}

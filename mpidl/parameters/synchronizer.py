@@ -31,19 +31,19 @@ from mpidl import kernels
 from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
-from mpidl.parameters.assignment import Assignment, row_plan
+from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.baselines import BASELINES, Baseline, shards_for
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
-from mpidl.parameters.direct import Direct, mean_of_node
+from mpidl.parameters.direct import Direct
 from mpidl.parameters.exchange import Bucket, Exchange
 from mpidl.parameters.layout import FlatLayout, Piece, Shards
-from mpidl.parameters.pipeline import Pipeline
-from mpidl.parameters.reduction import REDUCTIONS, Job, Lanes, ordered
+from mpidl.parameters.pipeline import CHANGES, SQUARES, Pipeline
+from mpidl.parameters.reduction import REDUCTIONS, Steps
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
-from mpidl.parameters.wire import WIRES, Wire
+from mpidl.parameters.wire import Wire
 from mpidl.runtime import World, on_all_ranks, share
 
 STRATEGIES = (*REDUCTIONS, *BASELINES)
@@ -88,8 +88,7 @@ class Synchronizer:
         shards = _shards(world, layout.size, reduction)
         self.gradients = Exchange(world, layout.size, slots, shards, with_sums=not is_direct)
         """Rows of gradients in, weights out."""
-        self.changes = Exchange(world, buffers.layout.size, slots)
-        """Rows of weighted changes of buffers in, their mean out."""
+        changes = Exchange(world, buffers.layout.size, slots)
         self.counters = Counters(world, assignment.num_partitions)
         num_blocks = -(-layout.size // kernels.BLOCK_SIZE)
         self.squares = share(world, 8 * num_blocks if world.local_rank == 0 else 0)[0].view(np.float64)
@@ -98,22 +97,27 @@ class Synchronizer:
         """This rank's shard, in the pieces that are updated at a time."""
         self.times = PhaseTimes()
         self._buffers = buffers
-        self._reduce = REDUCTIONS.get(reduction, ordered)
         self._clipping = clipping
         self._by_slices = by_slices
+        share_squares = self._steps_of_squares if clipping.norm is None else None  # else they are before the update
         self.route: Direct | Pipeline | Baseline
         if reduction in BASELINES:
-            self.route = Baseline(self.gradients, self.counters, reduction)
+            self.route = Baseline(self.gradients, changes, self.counters, reduction, share_squares)
         elif is_direct:
             keeps_gradient = clipping.norm is not None or not by_slices
-            self.route = Direct(self.gradients, self.counters, self.slices, keeps_gradient)
+            self.route = Direct(self.gradients, changes, self.counters, self.slices, keeps_gradient)
         else:
-            self.route = Pipeline(self.gradients, self.counters, self._reduce, wire)
+            self.route = Pipeline(self.gradients, changes, self.counters, REDUCTIONS[reduction], wire, share_squares)
+
+    @property
+    def changes(self) -> Exchange:
+        """Rows of weighted changes of buffers in, their mean out."""
+        return self.route.changes
 
     def lay_out_changes(self) -> None:
         """Make the rows of buffers anew, after it has become known which travel. Collective."""
         self.world.node_barrier()
-        self.changes = Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots)
+        self.route.set_changes(Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots))
 
     def merge_own_rows(self, assignment: Assignment, partition: int, slot: int) -> None:
         """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done.
@@ -143,18 +147,15 @@ class Synchronizer:
         """
         self.times.start()
         table = self._collect(assignment)
+        self.route.wait()  # what is left of the last iteration; nobody computes with it any more
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
             if self._by_slices and update.has_hooks:
                 self._stop_slicing(update)
             if self._clipping.norm is None and self._by_slices:
-                self._update_in_cache(update, weight)
+                self._update_in_cache(update, assignment, weight)
             else:
-                self._update(update, self._clipped_mean(weight))
-            self.route.end_publishing()
-            if self._clipping.norm is None:
-                self._share_squares()
-            self._exchange_buffers(assignment, weight)
+                self._update(update, assignment, weight)
         self.world.node_barrier()
         if not weight > 0:
             self._buffers.reset()
@@ -162,6 +163,11 @@ class Synchronizer:
             self.lay_out_changes()
         self.times.lap("allgather")
         return table
+
+    def norm(self) -> float:
+        """The L2 norm of the last iteration's mean gradient over all parameters."""
+        self.route.wait([SQUARES])
+        return math.sqrt(float(self.squares.sum()))
 
     def wait(self, indices: Iterable[int]) -> None:
         """Return when the weights of these buckets are complete on this node. Not collective."""
@@ -171,9 +177,7 @@ class Synchronizer:
 
     def publish_all(self) -> None:
         """Bring every rank's shard of the weights to all nodes. Collective."""
-        self.route.begin_publishing()
-        for bucket in self.route.buckets:
-            self.route.publish(bucket)
+        self.route.begin_publishing(weights_only=True)
         self.route.end_publishing()
         self.world.node_barrier()
         self.route.wait()
@@ -206,52 +210,55 @@ class Synchronizer:
             self.route.keep_gradient()
             update.set_gradients([self.route.own_gradient(each) for each in self.slices])
 
-    def _update_in_cache(self, update: ShardOptimizer, weight: float) -> None:
-        """Phase 3 slice by slice: each is added up, or divided, and updated before the next; bucket by bucket."""
-        with self._publishing() as publish:
+    def _update_in_cache(self, update: ShardOptimizer, assignment: Assignment, weight: float) -> None:
+        """Phase 3 run by run of slices: each is added up, or divided, and updated before the next; bucket by bucket."""
+        with self._publishing(assignment, weight) as publish:
             if not self.slices:
                 update.step(0, 0)  # torch's schedulers want to see a step
             for bucket in reversed(self.route.order):
-                first, last = self._slices_in(bucket)
-                for index in range(first, last):
-                    self._mean(index, weight)
-                    update.step(index, index + 1)
+                for first, last in self._runs_in(bucket):
+                    for index in range(first, last):
+                        self._mean(index, weight)
+                    update.step(first, last)
                 publish(bucket)
 
-    def _clipped_mean(self, weight: float) -> float:
-        """The mean over the whole shard; returns the factor by which clipping shortens it."""
+    def _update(self, update: ShardOptimizer, assignment: Assignment, weight: float) -> None:
+        """Phase 3 where something needs the whole gradient first."""
         for index in range(len(self.slices)):
             self._mean(index, weight)
-        if self._clipping.norm is None:
-            return 1.0
-        self.world.node_barrier()
-        self._share_squares()
-        self.world.node_barrier()
-        norm = math.sqrt(float(self.squares.sum()))
-        with self._nothing_updated():
-            if not math.isfinite(norm):
-                raise on_all_ranks(NonFiniteLossError(f"the norm of the gradient is {norm}"))
-        return self._clipping.factor(norm)
-
-    def _update(self, update: ShardOptimizer, factor: float) -> None:
-        """Phase 3 where something needs the whole gradient first."""
-        with self._publishing():
+        factor = 1.0 if self._clipping.norm is None else self._clipping.factor(self._norm_before_update())
+        with self._publishing(assignment, weight):
             if factor != 1.0:
                 for each in self.slices:
                     self.route.own_gradient(each)[:] *= np.float32(factor)
             update.step(0, len(self.slices))
 
+    def _norm_before_update(self) -> float:
+        world = self.world
+        world.node_barrier()
+        if world.num_nodes > 1 and not self.gradients.shards.is_replicated:
+            for pending in self._steps_of_squares(world):
+                pending.wait()
+        world.node_barrier()
+        norm = math.sqrt(float(self.squares.sum()))
+        with self._nothing_updated():
+            if not math.isfinite(norm):
+                raise on_all_ranks(NonFiniteLossError(f"the norm of the gradient is {norm}"))
+        return norm
+
     @contextlib.contextmanager
-    def _publishing(self) -> Iterator[Callable[[Bucket], None]]:
-        """Publish all buckets at the block's end, but for those that were published inside.
+    def _publishing(self, assignment: Assignment, weight: float) -> Iterator[Callable[[Bucket], None]]:
+        """Publish the changes first, and at the block's end all that was not published inside.
 
         Also what an exception of the optimizer's has left: who catches it may go on, or close.
         """
         self.route.begin_publishing()
+        self.route.publish_changes(assignment, weight)
+        self.route.wait([CHANGES])  # weights would get in front of what is short and wanted now
         try:
             yield self.route.publish
         except BaseException:
-            self._publish_rest()
+            self.route.end_publishing()
             # Others of the node may still read rows and write weights. Between nodes the driver knows when they are
             # done; a barrier there would wait for ranks that wait for this one in the next collective.
             if isinstance(self.route, Direct):
@@ -260,16 +267,17 @@ class Synchronizer:
                 self.route.wait()
             raise
         self.times.lap("update")
-        self._publish_rest()
+        self.route.end_publishing()
 
-    def _publish_rest(self) -> None:
-        for bucket in reversed(self.route.order):
-            self.route.publish(bucket)
-
-    def _slices_in(self, bucket: Bucket) -> tuple[int, int]:
-        """The slices [first, last) of this rank's shard that a bucket has."""
-        first, last = (bisect.bisect_left(self.slices, cut, key=lambda each: each.start) for cut in bucket.span)
-        return first, last
+    def _runs_in(self, bucket: Bucket) -> Iterator[tuple[int, int]]:
+        """The slices of this rank's shard that a bucket has, in runs [first, last) of not much more than SLICE_SIZE."""
+        first, stop = (bisect.bisect_left(self.slices, cut, key=lambda each: each.start) for cut in bucket.span)
+        size = 0
+        for index in range(first, stop):
+            size += self.slices[index].size
+            if size >= SLICE_SIZE or index == stop - 1 or isinstance(self.route, Direct):
+                yield first, index + 1
+                first, size = index + 1, 0
 
     def _mean(self, index: int, weight: float) -> None:
         each = self.slices[index]
@@ -280,12 +288,12 @@ class Synchronizer:
         self._clipping.clip_values(self.route.own_gradient(each), squares)
         self.times.lap("local_sum")
 
-    def _share_squares(self) -> None:
-        """Bring the squares of this rank's shard to the other nodes."""
+    def _steps_of_squares(self, lane: World) -> Steps:
+        """Bring the squares of all shards to all nodes; this node's are complete. Collective."""
         world = self.world
-        if world.num_nodes == 1 or self.gradients.shards.is_replicated:
-            return
-        gathered = world.allgather_varying(self.squares[self._blocks[world.rank]], [of.size for of in self._blocks])
+        own = self.squares[self._blocks[world.rank]]
+        gathered, pending = lane.start_allgather_varying(own, [blocks.size for blocks in self._blocks])
+        yield pending
         if world.local_rank == 0:
             self.squares[np.concatenate(self._blocks)] = gathered
 
@@ -296,29 +304,6 @@ class Synchronizer:
             np.array([block for run in self.gradients.shards.runs(rank) for block in _blocks_of(run)], dtype=np.int64)
             for rank in range(self.world.size)
         ]
-
-    def _exchange_buffers(self, assignment: Assignment, weight: float) -> None:
-        """Phases 2 to 4 for the changes of buffers, whose mean is the result itself."""
-        changes, world = self.changes, self.world
-        if changes.size == 0:
-            return
-        plan = row_plan(assignment, world.node_of, world.rank)
-        (bucket,) = changes.buckets(len(changes.shards.cells))
-        pieces = changes.pieces(bucket, world.rank)
-        squares = [np.empty(-(-each.size // kernels.BLOCK_SIZE)) for each in pieces]
-        if world.num_nodes == 1:
-            for each, unused in zip(pieces, squares, strict=True):
-                mean_of_node(changes, plan, each, weight, changes.result[each.start : each.stop], unused)
-        else:
-            for pending in self._reduce(
-                Job(changes, assignment, plan, WIRES["float32"], Lanes(world, world)), bucket, None
-            ):
-                pending.wait()
-            world.node_barrier()  # "mpi" may have had another rank of the node write this one's sum
-            for each, unused in zip(pieces, squares, strict=True):
-                kernels.divide(changes.sum[each.own], weight, unused)
-                changes.result[each.start : each.stop] = changes.sum[each.own]
-        changes.spread()
 
     def close(self) -> None:
         """End what goes on in the background. Collective."""

@@ -14,23 +14,34 @@ AnyArray = NDArray[Any]
 
 
 class Wire(Protocol):
-    """How float32 values become words, the elements of messages, and values again."""
+    """How float32 values become words, the elements of messages, and values again.
+
+    Where values are needed on the way, they are written into `room`, float32, `room_for` as long as the words.
+    """
 
     dtype: Any
     """Of a word."""
     rounds: bool
     """Whether values lose digits on the way."""
 
-    def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: AnyArray) -> None:
+    def room_for(self, size: int) -> int:
+        """Elements that `room` has to have for so many words."""
+        ...
+
+    def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: AnyArray, room: Float32Array) -> None:
         """Write the sum of rows into a message; `rows` and `steps` as `mpidl.kernels.add_rows` takes them."""
         ...
 
-    def to_words(self, values: Float32Array) -> AnyArray:
-        """The words of values; may be the same memory."""
+    def write(self, values: Float32Array, words: AnyArray) -> None:
+        """Write values into a message."""
         ...
 
-    def to_values(self, words: AnyArray) -> Float32Array:
-        """The values of words; may be the same memory."""
+    def read(self, words: AnyArray, values: Float32Array) -> None:
+        """Write the values of a message's words."""
+        ...
+
+    def values_of(self, words: AnyArray, room: Float32Array) -> Float32Array:
+        """The values of words: in `room`, or the words themselves."""
         ...
 
 
@@ -40,13 +51,21 @@ class Float32Wire:
     dtype: Any = np.float32
     rounds = False
 
-    def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: Float32Array) -> None:  # noqa: D102
+    def room_for(self, size: int) -> int:  # noqa: D102
+        return 0
+
+    def add_rows(  # noqa: D102
+        self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: Float32Array, room: Float32Array
+    ) -> None:
         kernels.add_rows(rows, steps, words)
 
-    def to_words(self, values: Float32Array) -> Float32Array:  # noqa: D102
-        return values
+    def write(self, values: Float32Array, words: Float32Array) -> None:  # noqa: D102
+        words[:] = values
 
-    def to_values(self, words: Float32Array) -> Float32Array:  # noqa: D102
+    def read(self, words: Float32Array, values: Float32Array) -> None:  # noqa: D102
+        values[:] = words
+
+    def values_of(self, words: Float32Array, room: Float32Array) -> Float32Array:  # noqa: D102
         return words
 
 
@@ -56,20 +75,24 @@ class Bfloat16Wire:
     dtype: Any = np.uint16
     rounds = True
 
-    def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: NDArray[np.uint16]) -> None:  # noqa: D102
-        values = np.empty(words.size, np.float32)
-        kernels.add_rows(rows, steps, values)
+    def room_for(self, size: int) -> int:  # noqa: D102
+        return size
+
+    def add_rows(  # noqa: D102
+        self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: NDArray[np.uint16], room: Float32Array
+    ) -> None:
+        kernels.add_rows(rows, steps, room)
+        kernels.to_bfloat16(room, words)
+
+    def write(self, values: Float32Array, words: NDArray[np.uint16]) -> None:  # noqa: D102
         kernels.to_bfloat16(values, words)
 
-    def to_words(self, values: Float32Array) -> NDArray[np.uint16]:  # noqa: D102
-        words = np.empty(values.size, np.uint16)
-        kernels.to_bfloat16(values, words)
-        return words
-
-    def to_values(self, words: NDArray[np.uint16]) -> Float32Array:  # noqa: D102
-        values = np.empty(words.size, np.float32)
+    def read(self, words: NDArray[np.uint16], values: Float32Array) -> None:  # noqa: D102
         kernels.from_bfloat16(words, values)
-        return values
+
+    def values_of(self, words: NDArray[np.uint16], room: Float32Array) -> Float32Array:  # noqa: D102
+        kernels.from_bfloat16(words, room)
+        return room
 
 
 WIRES: dict[str, Wire] = {"float32": Float32Wire(), "bfloat16": Bfloat16Wire()}

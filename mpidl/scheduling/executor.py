@@ -55,6 +55,8 @@ class Executor:
         self._loader = loader
         self._batch_size = batch_size
         self._seed = seed
+        self._unchecked: int | None = None
+        """The iteration whose gradient may not be finite."""
         self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
 
     def assignment(self, plan: GroupPlan, index: int) -> Assignment:
@@ -78,7 +80,7 @@ class Executor:
 
         Raises:
             NonFiniteLossError: on every rank at the same iteration: a loss (the weights are those before it) or the
-                gradient (they are not) is not finite.
+                gradient, of this iteration or of the one before (they are not), is not finite.
         """
         assignment = self.assignment(plan, index)
         iteration = plan.first_iteration + index
@@ -86,18 +88,29 @@ class Executor:
             self._compute(assignment, plan.spans[index], iteration, partition)
         for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
             group["lr"] = rate
+        self._check_gradient()
         is_last = index == plan.num_iterations - 1  # what is due after the group reads the weights
         try:
             table = self._manager.synchronize(assignment, wait=is_last)
         except NonFiniteLossError as error:
             raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
-        if not math.isfinite(self._manager.grad_norm):  # the same number on every rank
-            self._manager.wait()
-            raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
+        self._unchecked = iteration
+        if is_last:
+            self._check_gradient()
         if table[:, WEIGHT].sum() == 0:
             self._manager.wait()
             raise on_all_ranks(NonFiniteLossError(f"all weights of iteration {iteration + 1} are zero: no mean loss"))
         return table
+
+    def _check_gradient(self) -> None:
+        """Raise on all ranks if the last iteration's gradient was not finite.
+
+        Asked when the next one has computed: between nodes the norm arrives after the weights.
+        """
+        iteration, self._unchecked = self._unchecked, None
+        if iteration is not None and not math.isfinite(self._manager.grad_norm):  # the same number on every rank
+            self._manager.wait()
+            raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
 
     def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:
         start, stop = partition_span(span, assignment.num_partitions, partition)

@@ -305,8 +305,7 @@ def test_an_exception_of_one_rank_s_optimizer_leaves_no_rank_of_its_node_waiting
             manager.optimizer.step = fail
             with pytest.raises(ArithmeticError):
                 manager.step()
-            # Such a job ends; here rank 0 takes part in what the others still do.
-            manager._sync._share_squares()
+            # Such a job ends; here rank 0 takes part in what its node still does.
             other.node_barrier()
         else:
             manager.step()

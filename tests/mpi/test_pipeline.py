@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import mpidl
 from mpidl.errors import LayoutError
 from mpidl.parameters import Assignment
-from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.pipeline import Pipeline
+from mpidl.parameters.exchange import Exchange
+from mpidl.parameters.pipeline import Errand, Pipeline
 from mpidl.parameters.reduction import REDUCTIONS
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.update import ShardOptimizer
@@ -315,9 +315,9 @@ class Watch:
             self.collects[-1] += 1
             return collect(pipeline, assignment)
 
-        def starting(pipeline: Pipeline, bucket: Bucket) -> Any:
-            result = yield from start(pipeline, bucket)
-            self.started.append(bucket.index)
+        def starting(pipeline: Pipeline, errand: Errand) -> Any:
+            result = yield from start(pipeline, errand)
+            self.started.append(errand[0])
             return result
 
         monkeypatch.setattr(Pipeline, "announce", announcing)
@@ -427,6 +427,26 @@ def test_buckets_are_exchanged_before_step_is_called(world: World, watch: Watch)
                 pair.manager.step()
                 pair.step_twin(once, iteration)
                 pair.check()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e9])
+def test_the_norm_is_there_whoever_asks_while_weights_travel_and_while_bucket_sizes_are_tried(
+    world: World, clip_norm: float | None
+) -> None:
+    for sizes in layouts(world):
+        with paired(world, sizes, Chain, clip_norm=clip_norm) as pair:
+            for iteration in range(30):  # some change the size of buckets
+                once(pair.model, world.rank, iteration)
+                pair.manager.step(wait=False)
+                if (iteration + world.rank) % 3 == 0:  # not collective
+                    norm = pair.manager.grad_norm
+                    assert norm == pair.manager.grad_norm
+                pair.step_twin(once, iteration)
+                if (iteration + world.rank) % 3 == 0:
+                    mean = torch.cat([parameter.grad.flatten() for parameter in pair.twin.parameters()])
+                    assert norm == pytest.approx(float(mean.norm()), rel=1e-5)
+            pair.manager.wait()
+            pair.check()
 
 
 # --- what the manager is asked for ------------------------------------------------------------------------------------
@@ -675,7 +695,8 @@ def with_naps(monkeypatch: pytest.MonkeyPatch, rank: int, seed: int) -> None:
         (Pipeline, "begin"), (Pipeline, "collect"), (Pipeline, "begin_publishing"), (Pipeline, "publish"),
         (Pipeline, "mean"), (Pipeline, "wait"), (ShardOptimizer, "step"), (Exchange, "addresses"),
         (Exchange, "start_spread"), (World, "start_node_barrier"), (World, "start_alltoall_varying"),
-        (World, "start_column_reduce_scatter"),
+        (World, "start_column_reduce_scatter"), (World, "start_allgather_varying"), (Pipeline, "publish_changes"),
+        (Pipeline, "end_publishing"),
     ]:  # fmt: skip
         sleepy(owner, name)
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from mpidl.parameters.driver import Awaited, Course, Driver, Flag, ThreadDriver
-from mpidl.parameters.exchange import Bucket
-from mpidl.parameters.pipeline import MAX_UNDER_WAY, Pipeline
+from mpidl.parameters.pipeline import MAX_UNDER_WAY, Errand, Pipeline
 
 Either = Driver | ThreadDriver
 LIMIT_S = 30.0
@@ -191,22 +190,25 @@ def test_close_ends_the_thread() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_buckets_start_and_end_in_order_and_few_are_under_way(driver: Either, seed: int) -> None:
-    buckets = [Bucket(index, index, index + 1, (index, index + 1)) for index in range(12)]
-    ready, over = [Flag() for _ in buckets], [Flag() for _ in buckets]
+    errands: Any = [(index, None) for index in range(12)]  # `start` here makes their exchanges
+    ready, over = [Flag() for _ in errands], [Flag() for _ in errands]
     log: list[tuple[str, int]] = []
     done = Flag()
 
-    def start(bucket: Bucket) -> Any:
-        yield ready[bucket.index]
-        log.append(("start", bucket.index))
-        return f"rest of {bucket.index}", over[bucket.index]
+    def exchange(index: int) -> Any:
+        yield over[index]
+        log.append(("rest", index))
 
-    def end(bucket: Bucket, rest: str) -> Course:
-        assert rest == f"rest of {bucket.index}"
-        log.append(("end", bucket.index))
-        yield over[bucket.index]
+    def start(errand: Errand) -> Any:
+        yield ready[errand[0]]
+        log.append(("start", errand[0]))
+        return exchange(errand[0])
 
-    driver.add(*Pipeline._two_stage(None, buckets, start, end, done))  # type: ignore[arg-type]  # needs no pipeline
+    def end(errand: Errand, steps: Any) -> Course:
+        log.append(("end", errand[0]))
+        yield from steps
+
+    driver.add(*Pipeline._two_stage(None, errands, start, end, done))  # type: ignore[arg-type]  # needs no pipeline
     flags = [*ready, *over]
     random.Random(seed).shuffle(flags)
     for flag in flags:
@@ -214,27 +216,28 @@ def test_buckets_start_and_end_in_order_and_few_are_under_way(driver: Either, se
         if isinstance(driver, Driver):
             driver.poll()
     driver.wait(done)
-    for stage in ("start", "end"):
+    for stage in ("start", "end", "rest"):
         assert [index for name, index in log if name == stage] == list(range(12))
     under_way = 0
     for name, index in log:
-        under_way += 1 if name == "start" else -1
+        under_way += {"start": 1, "end": 0, "rest": -1}[name]
         assert under_way <= MAX_UNDER_WAY
         assert name == "start" or ("start", index) in log[: log.index(("end", index))]
+        assert name != "rest" or ("end", index) in log[: log.index(("rest", index))]
 
 
 def test_without_an_end_no_more_than_a_few_are_started() -> None:
     driver, started = Driver(), []
     over = Flag()
     over.raise_flag()
-    buckets = [Bucket(index, index, index + 1, (index, index + 1)) for index in range(12)]
+    errands: Any = [(index, None) for index in range(12)]  # `start` here makes their exchanges
 
-    def start(bucket: Bucket) -> Any:
+    def start(errand: Errand) -> Any:
         yield over
-        started.append(bucket.index)
-        return None, Flag()
+        started.append(errand[0])
+        return iter([Flag()])
 
-    driver.add(*Pipeline._two_stage(None, buckets, start, telling, Flag()))  # type: ignore[arg-type]
+    driver.add(*Pipeline._two_stage(None, errands, start, telling, Flag()))  # type: ignore[arg-type]
     while driver.poll():
         pass
     assert started == list(range(MAX_UNDER_WAY))
