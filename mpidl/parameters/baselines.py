@@ -8,7 +8,8 @@ Every rank stands for itself: no node shares memory, each holds its own weights.
    - `allreduce`: MPI_Allreduce, to everyone (Horovod, DistributedDataParallel).
    An allgather brings every partition's counters to all.
 2. *update*: rank 0, with the whole optimizer; with `allreduce` every rank, each with a whole optimizer of its own.
-3. *publish*: rank 0 broadcasts the weights; with `allreduce` nothing is left to do.
+3. *publish*: rank 0 broadcasts the weights; with `allreduce` nothing is left to do. The changes of the model's buffers
+   are exchanged as `reduction.py` has it, the squares of the gradient by an allgather.
 
 The sums' order is that of ranks or of the MPI library: not bit-stable. If a rank stops, the others wait in a
 collective until the job is ended.
@@ -59,6 +60,7 @@ class Baseline:
         self._counters = counters
         self._strategy = strategy
         self._share_squares = share_squares
+        self._weights_only = False
         self._total = np.empty(exchange.size, np.float32)
 
     def set_changes(self, changes: Exchange) -> None:
@@ -125,6 +127,7 @@ class Baseline:
 
     def begin_publishing(self, *, weights_only: bool = False) -> None:
         """Weights are published all at once."""
+        self._weights_only = weights_only
 
     def publish(self, bucket: Bucket) -> None:
         """Weights are published all at once."""
@@ -147,8 +150,9 @@ class Baseline:
             return
         world = self.exchange.world
         world.broadcast(self.exchange.result)
-        for pending in () if self._share_squares is None else self._share_squares(world):
-            pending.wait()
+        if self._share_squares is not None and not self._weights_only:
+            for pending in self._share_squares(world):
+                pending.wait()
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Nothing is under way."""

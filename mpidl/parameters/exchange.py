@@ -3,8 +3,8 @@
 Who owns which memory:
 
 - *rows*: each rank's segment of node-shared memory holds its `num_slots` rows. The rank alone writes them; from the
-  node barrier that says that a bucket of them is complete, to the one that says that the bucket's result is there,
-  every rank of the node may read it.
+  node barrier that says that a bucket of them is complete, to the one at the end of `Synchronizer.synchronize`, every
+  rank of the node may read it.
 - *sums*: each rank's segment that receives the sum over its shard. Its owner alone reads it. With the reduction "mpi"
   on nodes of different sizes another rank of the node writes it.
 - *result*: one copy per node in node-shared memory. A rank writes its own shard; its node's duty rank for shard s

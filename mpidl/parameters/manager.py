@@ -204,12 +204,13 @@ class ParameterManager:
         A rank runs its partitions in ascending order.
         """
         start, stop = assignment.range_of(self.world.rank)
-        self._begin(assignment)
+        self.begin(assignment)
         slot = len(tree.cover(assignment.num_partitions, start, partition))
         self._rows.open(slot, is_last=partition == stop - 1)
         self._buffers.reset()
 
-    def _begin(self, assignment: Assignment) -> None:
+    def begin(self, assignment: Assignment) -> None:
+        """Make ready for an iteration, on every rank, also one without partitions. Collective, and never waits."""
         if self._sync.route.begin(assignment):
             self._rows.begin()
 
@@ -273,9 +274,19 @@ class ParameterManager:
         return 4 * max(stop - start for start, stop in (bucket.span for bucket in self._sync.route.buckets))
 
     def wait(self) -> None:
-        """Return when the weights are complete on this rank's node. Not collective."""
+        """Return when the weights, and what follows them, are complete on this rank's node. Not collective."""
         if self._gate is not None:
             self._gate.open()
+        self._sync.route.wait()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether weights may be under way when `synchronize(wait=False)` returns."""
+        return self._gate is not None and self.world.takes_threads
+
+    def reset_buffers(self) -> None:
+        """Give the model's buffers the values they had when the iteration began. Not collective."""
+        self._buffers.reset()
 
     # --- a loop of your own ---------------------------------------------------------------------------------------
 
@@ -311,7 +322,7 @@ class ParameterManager:
         flags |= 0 if holds else fields.TOO_EARLY
         self._sync.counters.write(self.world.rank, 0.0, weight, int(weight), flags)
         table = self.synchronize(self.assignment, wait=wait)
-        self._begin(self.assignment)
+        self.begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
         return float(table[:, fields.WEIGHT].sum())
@@ -344,7 +355,10 @@ class ParameterManager:
 
     @property
     def grad_norm(self) -> float:
-        """The L2 norm of the last update's mean gradient over all parameters, before `clip_norm`. Not collective."""
+        """The L2 norm of the last update's mean gradient over all parameters, before `clip_norm`. Not collective.
+
+        It comes after the weights: after `step(wait=False)` it waits for all of them.
+        """
         return self._sync.norm()
 
     # --- state ----------------------------------------------------------------------------------------------------

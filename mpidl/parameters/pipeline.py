@@ -65,7 +65,7 @@ Errand = tuple[int, Callable[[], Steps]]
 
 
 class Pipeline:
-    """The exchange of one vector's buckets between nodes. Construction is collective.
+    """The exchange of gradients and weights, and of what goes with them, between nodes. Construction is collective.
 
     Args:
         exchange: of gradients and weights.
@@ -93,7 +93,6 @@ class Pipeline:
         self._reduction = reduction
         self._wire = wire
         self._share_squares = share_squares
-        self._scratch = Scratch()
         world = exchange.world
         self.masters = np.empty(exchange.sum.size, np.float32) if wire.rounds else None
         """Float32 weights of this rank's shard, where the node's copy holds rounded ones."""
@@ -113,6 +112,7 @@ class Pipeline:
     def set_bucket_size(self, num_cells: int) -> None:
         """Make buckets of so many cells, between two iterations. Collective."""
         self.wait()
+        self._scratch = Scratch()  # fits the new size
         self.buckets = self.exchange.buckets(num_cells)
         self.order = list(reversed(self.buckets))
         """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
@@ -163,7 +163,7 @@ class Pipeline:
         return sum(job.local_sum_s for job in jobs)
 
     def _abandon(self) -> None:
-        """End an iteration that was left unfinished, on all ranks alike: its rows are of no use. Collective."""
+        """End an iteration that was left unfinished: its rows are of no use. Collective; all ranks have begun it."""
         if self._jobs:
             self.collect(self._jobs[0].assignment)
 

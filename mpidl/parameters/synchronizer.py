@@ -148,6 +148,7 @@ class Synchronizer:
         self.times.start()
         table = self._collect(assignment)
         self.route.wait()  # what is left of the last iteration; nobody computes with it any more
+        self.times.lap("allgather")
         weight = float(table[:, fields.WEIGHT].sum())
         if weight > 0:
             if self._by_slices and update.has_hooks:
@@ -255,6 +256,7 @@ class Synchronizer:
         self.route.begin_publishing()
         self.route.publish_changes(assignment, weight)
         self.route.wait([CHANGES])  # weights would get in front of what is short and wanted now
+        self.times.lap("allgather")
         try:
             yield self.route.publish
         except BaseException:

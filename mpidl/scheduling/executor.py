@@ -84,8 +84,13 @@ class Executor:
         """
         assignment = self.assignment(plan, index)
         iteration = plan.first_iteration + index
-        for partition in range(*assignment.range_of(self._manager.world.rank)):
-            self._compute(assignment, plan.spans[index], iteration, partition)
+        self._manager.begin(assignment)
+        try:
+            for partition in range(*assignment.range_of(self._manager.world.rank)):
+                self._compute(assignment, plan.spans[index], iteration, partition)
+        except Exception:
+            self._check_gradient()  # weights that are not finite are the reason, whatever the model made of them
+            raise
         for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
             group["lr"] = rate
         self._check_gradient()
@@ -95,7 +100,7 @@ class Executor:
         except NonFiniteLossError as error:
             raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
         self._unchecked = iteration
-        if is_last:
+        if is_last or not self._manager.runs_ahead:
             self._check_gradient()
         if table[:, WEIGHT].sum() == 0:
             self._manager.wait()
@@ -105,11 +110,12 @@ class Executor:
     def _check_gradient(self) -> None:
         """Raise on all ranks if the last iteration's gradient was not finite.
 
-        Asked when the next one has computed: between nodes the norm arrives after the weights.
+        Where weights are still under way, asked when the next one has computed: the norm comes after them.
         """
         iteration, self._unchecked = self._unchecked, None
         if iteration is not None and not math.isfinite(self._manager.grad_norm):  # the same number on every rank
             self._manager.wait()
+            self._manager.reset_buffers()
             raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
 
     def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:

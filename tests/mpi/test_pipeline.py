@@ -429,6 +429,17 @@ def test_buckets_are_exchanged_before_step_is_called(world: World, watch: Watch)
                 pair.check()
 
 
+@pytest.mark.parametrize("threads", [True, False], ids=["thread", "no thread"])
+def test_one_rank_may_ask_for_the_norm_while_the_others_do_something_else(world: World, threads: bool) -> None:
+    for sizes in layouts(world):
+        with paired(world, sizes, Chain, threads=threads) as pair:
+            for iteration in range(3):
+                pair.step(once, iteration)
+                if world.rank == iteration % world.size:
+                    assert pair.manager.grad_norm > 0
+                world.barrier()
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1e9])
 def test_the_norm_is_there_whoever_asks_while_weights_travel_and_while_bucket_sizes_are_tried(
     world: World, clip_norm: float | None

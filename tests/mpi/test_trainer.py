@@ -23,6 +23,7 @@ from tests.mpi.cases import (
     ADAM,
     ADAMW,
     NESTEROV,
+    NUM_CLASSES,
     NUM_FEATURES,
     SGD,
     Augmented,
@@ -504,6 +505,29 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_its_update(
         trainer.fit((poisoned, labels), epochs=1)
     trainer.close()
     assert differing(model.state_dict(), expected.state_dict()) == []
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_gradient_that_is_not_finite_is_named_though_losses_are_and_the_last_batch_is_for_few_ranks(
+    world: World, group_size: int
+) -> None:
+    def loss_fn(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rooted = (outputs * 0).sum().sqrt() if torch.any(labels == NUM_CLASSES - 1) else 0.0  # 0, and its slope is NaN
+        return F.cross_entropy(outputs, labels) + rooted
+
+    inputs, labels = classes(100)
+    labels %= NUM_CLASSES - 1
+    # The batch of iteration 3 of 4 is positions 64 to 95; the last batch is of 4 samples, one partition.
+    labels[reference.permute(np.array([85]), 100, 0, 0)] = NUM_CLASSES - 1
+    for sizes in node_layouts(world):
+        with as_the_world(world, sizes):
+            model = made(normalised)
+            trainer = trainer_of(model, job_of(inputs, labels, loss_fn=loss_fn), group_size=group_size)
+            with pytest.raises(NonFiniteLossError, match=r"gradient is not finite in iteration 3\b"):
+                trainer.fit((inputs, labels), epochs=1)
+            trainer.close()
+            buffers = world.allgather_object({name: buffer.tolist() for name, buffer in model.named_buffers()})
+            assert buffers == buffers[:1] * world.size
 
 
 # --- bad settings -----------------------------------------------------------------------------------------------------
