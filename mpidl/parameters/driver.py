@@ -4,8 +4,8 @@ With a thread, the exchanges go on while the main thread computes; without one (
 MPI_THREAD_MULTIPLE), they go on while the main thread waits for them. The thread makes MPI calls on communicators of
 its own only. It never blocks inside MPI, and never yields: it looks at what each exchange waits for and sleeps when
 nothing has moved, longer each time; until somebody speaks, where all of them wait for the main thread. (A thread that
-yields has to wait behind one that computes: Linux from 6.18 on lets it have the core every 15 to 60 ms only, where one
-that slept gets it at once.)
+yields has to wait behind one that computes: under Linux 6.18 it got the core every 15 to 60 ms only, where one that
+had slept got it within 5.)
 
 A generator's exception ends the driver; it is raised by every later call of the main thread's.
 """

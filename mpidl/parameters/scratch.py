@@ -1,7 +1,7 @@
 """Message buffers that are used again and again.
 
 Memory fresh from the system costs a page fault for every 4 KiB, more than a copy of it: with new buffers for every
-bucket, an exchange of 10 million float32 between two nodes took 60 ms more of a rank's core.
+bucket, an exchange of 10 million float32 between two nodes took 30 to 70 ms more of a rank's core.
 """
 
 from __future__ import annotations
