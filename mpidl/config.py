@@ -110,6 +110,9 @@ class Config:
     wire: Literal["float32", "bfloat16"] = setting(
         "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"
     )
+    balance: Literal["auto", "on", "off"] = setting(
+        "auto", "move partitions from slow ranks to fast ones; auto: where it changes no bit of the result"
+    )
     bucket_mb: float | Literal["auto"] = setting(
         "auto", "MiB of gradients that travel together between nodes; auto: what is fastest in the first iterations",
         minimum=0,

@@ -34,6 +34,8 @@ _RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "checkpoints", "weights.safetensor
 
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 
+_BALANCE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -80,6 +82,7 @@ def build_trainer(
         seed=config.seed,
         reduction=config.reduction,
         wire=config.wire,
+        balance=_BALANCE[config.balance],
         bucket_mb=None if config.bucket_mb == "auto" else config.bucket_mb,
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,

@@ -34,6 +34,7 @@ class Settings:
     seed: int
     reduction: str
     wire: str
+    balance: bool | str
     bucket_mb: float | None
     clip_norm: float | None
     clip_value: float | None
@@ -81,6 +82,8 @@ class Settings:
                 )
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+        if self.balance not in (True, False, "auto"):
+            raise ConfigError(f'balance is {self.balance!r}; it must be True, False or "auto"')
 
     def check_lockstep(self, world: World, num_samples: int) -> None:
         """Raise ConfigError where a model whose forward is a collective would not run once on every rank."""

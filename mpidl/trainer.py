@@ -41,6 +41,8 @@ class Trainer:
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
+        balance: whether partitions move from slow ranks to fast ones as the run goes on. "auto": where that changes no
+            bit of the result, so not with wire "bfloat16" between nodes, nor where the MPI library adds.
         bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.
@@ -69,6 +71,7 @@ class Trainer:
         seed: int = 0,
         reduction: str = "ordered",
         wire: str = "float32",
+        balance: bool | str = "auto",
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -95,6 +98,7 @@ class Trainer:
             seed=seed,
             reduction=reduction,
             wire=wire,
+            balance=balance,
             bucket_mb=bucket_mb,
             clip_norm=clip_norm,
             clip_value=clip_value,

@@ -27,6 +27,7 @@ from mpidl.runtime import World, init, on_all_ranks
 from mpidl.scheduling import (
     REPORT_FIELDS,
     Action,
+    Balancer,
     Coordinator,
     Executor,
     GroupPlan,
@@ -39,7 +40,7 @@ from mpidl.scheduling import (
     num_iterations,
 )
 from mpidl.settings import Settings
-from mpidl.summary import describe_end, describe_start
+from mpidl.summary import describe_end, describe_move, describe_start
 from mpidl.telemetry import Telemetry
 
 
@@ -93,6 +94,7 @@ class Training:
         size = capacity(group_size.largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
+        self._told = manager.assignment  # the metrics have the ranges when they change
         self._epoch = np.zeros(3)  # loss_sum, weight, samples of the epoch so far
         self._began = self._epoch_began = time.perf_counter()
 
@@ -108,6 +110,7 @@ class Training:
             triggers=self._triggers,
             group_size=group_size,
             learning_rates=LearningRates(settings.optimizer, groups, settings.schedule),
+            balancer=self._make_balancer(),
             first_iteration=self._first_iteration,
         )
         for result in self._validations:
@@ -115,6 +118,12 @@ class Training:
             if Action.VALIDATE in self._triggers.actions_after(result["iteration"]):
                 coordinator.validated(result["iteration"], result)
         return coordinator
+
+    def _make_balancer(self) -> Balancer | None:
+        wanted, manager = self._settings.balance, self._manager
+        if wanted == "auto":
+            wanted = manager.moves_keep_bits
+        return Balancer(manager.assignment, manager.world.node_of) if wanted else None
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
@@ -166,16 +175,15 @@ class Training:
 
     def _receive(self) -> GroupPlan:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
-        plan = self._channel.receive()
-        self._executor.request(plan)
-        return plan
+        return self._executor.accept(self._channel.receive())
 
     def _report(self, plan: GroupPlan, sums: NDArray[np.float64], seconds: float) -> None:
         """The group's one gather: times of all ranks to the coordinator."""
         self._epoch += sums
-        times = self._world.gather(self._executor.take_seconds())
-        if self._coordinator is None or times is None:
+        report = self._world.gather(np.concatenate([self._executor.take_seconds(), self._executor.take_pace()]))
+        if self._coordinator is None or report is None:
             return
+        times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
         self._coordinator.observe(plan, seconds)
         busy = times[:, :2].sum(axis=1)
         self._record(
@@ -193,7 +201,15 @@ class Training:
             phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
             slowest_rank=int(busy.argmax()),
+            seconds_per_sample=paces[:, 0].tolist(),
+            **({} if plan.assignment == self._told else {"partition_starts": plan.assignment.starts}),
         )
+        self._told = plan.assignment
+        least = dict(zip(REPORT_FIELDS, times.min(axis=0).tolist(), strict=True))
+        move = self._coordinator.balance(plan, paces, least)
+        if move is not None:
+            iteration = plan.first_iteration + plan.num_iterations
+            self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
 
     def _act(self, plan: GroupPlan) -> None:
         """What is due at the group's end, by all ranks together."""
@@ -314,6 +330,7 @@ class Training:
             "group_size": settings.group_size,
             "reduction": settings.reduction,
             "wire": settings.wire,
+            "balance": settings.balance,
             "seed": settings.seed,
             "train_samples": self._num_samples,
             "validation_samples": 0 if self._validation is None else len(self._validation),

@@ -71,7 +71,7 @@ class ParameterManager:
             default: what proves fastest in the first iterations.
         param_groups: as torch's: a list of dicts with "params" and options; must hold every trainable parameter once.
         world: default `mpidl.init()`.
-        assignment: who computes which partitions; default: rank r is partition r.
+        assignment: who computes which partitions at first; default: rank r is partition r. Before others, `reserve`.
 
     Raises:
         LayoutError: on every rank: nothing to train, wrong dtype or device, groups that do not fit, an optimizer that
@@ -197,6 +197,33 @@ class ParameterManager:
         return made
 
     # --- partitions -----------------------------------------------------------------------------------------------
+
+    def reserve(self, assignment: Assignment) -> bool:
+        """Make ready for iterations of an assignment of the same partitions, at any time between two. Collective.
+
+        Some ranks may need more rows of gradients; those that were made stay.
+
+        Returns:
+            Whether there is room, the same on every rank; if not, `assignment` must not be used.
+        """
+        try:
+            self._sync.reserve(assignment)
+        except SharedMemoryError as error:
+            warn(f"partitions stay where they are: no room for more rows of gradients: {error}")
+            return False
+        rows = self._sync.gradients.rows
+        self._rows.extend(rows[self._rows.num_rows :])
+        return True
+
+    @property
+    def moves_keep_bits(self) -> bool:
+        """Whether results are the same to the last bit whoever computes which partition."""
+        return self._sync.moves_keep_bits
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds, since `take_times`, in which forward and others waited for weights."""
+        return self._sync.times.seconds["allgather"]
 
     def begin_partition(self, assignment: Assignment, partition: int) -> None:
         """Make ready for one partition's forward and backward: an empty row, the iteration's own buffers.

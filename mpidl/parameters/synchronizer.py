@@ -60,7 +60,7 @@ class Synchronizer:
         world: all ranks.
         layout: of the trainable parameters.
         buffers: of the model.
-        assignment: the largest one that `synchronize` will be called with.
+        assignment: rows are made for it, and counters for its partitions; `reserve` makes more rows for others.
         reduction: one of STRATEGIES: how gradients reach those who update, and who that is.
         wire: what travels between nodes.
         clipping: of the mean gradient.
@@ -83,8 +83,11 @@ class Synchronizer:
         by_slices: bool,
     ) -> None:
         self.world = world
-        slots = assignment.num_slots(world.rank)
         is_direct = world.num_nodes == 1 and reduction not in BASELINES
+        self.moves_keep_bits = is_direct or (reduction == "ordered" and not wire.rounds)
+        """Whether results are the same to the last bit whoever computes which partition."""
+        self._slots = slots_of(assignment, world.size)
+        slots = self._slots[world.rank]
         shards = _shards(world, layout.size, reduction)
         self.gradients = Exchange(world, layout.size, slots, shards, with_sums=not is_direct)
         """Rows of gradients in, weights out."""
@@ -118,6 +121,21 @@ class Synchronizer:
         """Make the rows of buffers anew, after it has become known which travel. Collective."""
         self.world.node_barrier()
         self.route.set_changes(Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots))
+
+    def reserve(self, assignment: Assignment) -> None:
+        """Have rows enough for an assignment of the same partitions, for good. Collective; nothing is sent if they are.
+
+        What every rank has follows from the assignments, so all know whether some rank needs more.
+
+        Raises:
+            SharedMemoryError: on every rank: there is no room; the rows that there are stay.
+        """
+        slots = [max(pair) for pair in zip(self._slots, slots_of(assignment, self.world.size), strict=True)]
+        if slots == self._slots:
+            return
+        for exchange in (self.gradients, self.changes):
+            exchange.grow(slots[self.world.rank])
+        self._slots = slots
 
     def merge_own_rows(self, assignment: Assignment, partition: int, slot: int) -> None:
         """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done.
@@ -310,6 +328,11 @@ class Synchronizer:
     def close(self) -> None:
         """End what goes on in the background. Collective."""
         self.route.close()
+
+
+def slots_of(assignment: Assignment, world_size: int) -> list[int]:
+    """Rows that each rank needs."""
+    return [assignment.num_slots(rank) for rank in range(world_size)]
 
 
 def _shards(world: World, size: int, reduction: str) -> Shards:

@@ -1,5 +1,6 @@
 """Group plans: the coordinator makes them, every rank's executor runs them alone."""
 
+from mpidl.scheduling.balance import Balancer, Move
 from mpidl.scheduling.channel import PlanChannel
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.evaluation import Metric, evaluate
@@ -15,6 +16,7 @@ from mpidl.scheduling.triggers import Triggers
 __all__ = [
     "REPORT_FIELDS",
     "Action",
+    "Balancer",
     "Coordinator",
     "Course",
     "Executor",
@@ -23,6 +25,7 @@ __all__ = [
     "LearningRates",
     "LossFunction",
     "Metric",
+    "Move",
     "PlanChannel",
     "Plateau",
     "ScheduleFactory",

@@ -7,6 +7,7 @@ the partition alone: its samples, its random stream (seed, iteration, partition)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -20,11 +21,13 @@ from mpidl.parameters import PHASES, Assignment, ParameterManager
 from mpidl.parameters.counters import WEIGHT
 from mpidl.runtime import on_all_ranks
 from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
+from mpidl.scheduling.pace import Pace
 from mpidl.scheduling.partitions import assignment_for, num_partitions, partition_span
 from mpidl.scheduling.plan import GroupPlan
 
 REPORT_FIELDS = ("load", "compute", *PHASES)
-"""Seconds that each rank reports for a group; `load` is time spent waiting for data."""
+"""Seconds that each rank reports for a group; `load` is time spent waiting for data; waiting for weights is not part
+of `compute`."""
 
 
 class Executor:
@@ -58,6 +61,21 @@ class Executor:
         self._unchecked: int | None = None
         """The iteration whose gradient may not be finite."""
         self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
+        self._pace = Pace()
+        self._ready = manager.assignment
+        """The last assignment that there was room for."""
+
+    def accept(self, plan: GroupPlan) -> GroupPlan:
+        """Make ready for a plan that was received, and ask the loader for its samples. Collective.
+
+        Returns:
+            The plan, or one with the assignment before it if there is no room for the rows of this one.
+        """
+        if not self._manager.reserve(plan.assignment):
+            plan = dataclasses.replace(plan, assignment=self._ready)
+        self._ready = plan.assignment
+        self.request(plan)
+        return plan
 
     def assignment(self, plan: GroupPlan, index: int) -> Assignment:
         """Who computes what in the plan's iteration `index`."""
@@ -91,6 +109,7 @@ class Executor:
         except Exception:
             self._check_gradient()  # weights that are not finite are the reason, whatever the model made of them
             raise
+        self._pace.end_iteration(counts=assignment is plan.assignment)
         for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
             group["lr"] = rate
         self._check_gradient()
@@ -120,7 +139,7 @@ class Executor:
 
     def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:
         start, stop = partition_span(span, assignment.num_partitions, partition)
-        begin = time.perf_counter()
+        begin, waited_s = time.perf_counter(), self._manager.waited_s
         inputs, targets = split_batch(self._loader.next())
         loaded = time.perf_counter()
         self._manager.begin_partition(assignment, partition)
@@ -134,8 +153,15 @@ class Executor:
             ) from error
         total.backward()
         self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start)
+        waited_s = self._manager.waited_s - waited_s  # forward waits for weights of other nodes
+        done = time.perf_counter()
         self._seconds["load"] += loaded - begin
-        self._seconds["compute"] += time.perf_counter() - loaded
+        self._seconds["compute"] += done - loaded - waited_s
+        self._pace.add(done - begin - waited_s, stop - start)
+
+    def take_pace(self) -> NDArray[np.float64]:
+        """How fast this rank computed since the last call: PACE_FIELDS."""
+        return self._pace.take()
 
     def take_seconds(self) -> NDArray[np.float64]:
         """This rank's seconds since the last call, in the order of REPORT_FIELDS."""
