@@ -92,7 +92,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     export = commands.add_parser("export", help="write a run's weights as one .safetensors file", allow_abbrev=False)
     export.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
-    export.add_argument("--checkpoint", metavar="EPOCH", type=int, help="epoch of the checkpoint (default: newest)")
+    export.add_argument(
+        "--checkpoint",
+        metavar="EPOCH",
+        help="epochs that the checkpoint is after, or epochs+iterations (default: newest)",
+    )
     export.add_argument("--output", metavar="FILE", help="file to write (default: weights.safetensors in RUN_DIR)")
 
     bench = commands.add_parser("bench", help="measure ways side by side, and the limit", allow_abbrev=False)
@@ -164,8 +168,15 @@ def _run_name(job_file: str | None, data: str) -> str:
     return data.replace(":", ".") if ":" in data else Path(data.split(",")[0]).stem
 
 
-def train(parsed: argparse.Namespace) -> None:
+STOPPED = 75
+"""Exit code of a training that stopped before its end and can be resumed: sysexits' EX_TEMPFAIL."""
+
+
+def train(parsed: argparse.Namespace) -> int:
     """Train as the job file and flags say, and keep the results in a run directory. Collective."""
+    from mpidl.runtime import signals
+
+    signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job
     from mpidl.telemetry import Telemetry
@@ -187,6 +198,7 @@ def train(parsed: argparse.Namespace) -> None:
         telemetry.close()
         if give_back is not None:
             give_back()
+    return STOPPED if trainer.stopped else 0
 
 
 def evaluate(parsed: argparse.Namespace) -> None:

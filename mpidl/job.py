@@ -89,6 +89,9 @@ def build_trainer(
         metrics=parts.metrics,
         validate_every=config.validate_every,
         checkpoint_every=config.checkpoint_every,
+        summarize_every=config.summarize_every,
+        end_when=config.end_when,
+        max_seconds=config.max_seconds,
         run_dir=run_dir,
         telemetry=telemetry,
     )

@@ -10,10 +10,12 @@ from mpidl.scheduling.learning_rates import LearningRates, Plateau, ScheduleFact
 from mpidl.scheduling.partitions import last_partitions, num_iterations
 from mpidl.scheduling.plan import Action, GroupPlan, capacity
 from mpidl.scheduling.schedules import Course, named_schedule
-from mpidl.scheduling.triggers import Triggers
+from mpidl.scheduling.stopping import STOP_FILE, StopReason, StopRequests, describe_stop, end_time_of_job
+from mpidl.scheduling.triggers import Trigger, Triggers, as_trigger
 
 __all__ = [
     "REPORT_FIELDS",
+    "STOP_FILE",
     "Action",
     "Coordinator",
     "Course",
@@ -26,9 +28,15 @@ __all__ = [
     "PlanChannel",
     "Plateau",
     "ScheduleFactory",
+    "StopReason",
+    "StopRequests",
+    "Trigger",
     "Triggers",
+    "as_trigger",
     "capacity",
     "check_schedule",
+    "describe_stop",
+    "end_time_of_job",
     "evaluate",
     "last_partitions",
     "named_schedule",

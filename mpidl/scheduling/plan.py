@@ -31,7 +31,7 @@ _CHECKSUM_OFFSET = _HEADER.size - 4
 
 
 class Action(enum.IntFlag):
-    """What all ranks do together when a group has ended."""
+    """What may be due when a group has ended, as far as it can be foreseen; the ranks find out by themselves."""
 
     NONE = 0
     END_EPOCH = 1

@@ -118,7 +118,9 @@ class Console:
     def _show_validation(self, fields: Fields) -> None:
         told = ("epoch", "iteration", "seconds", "samples")
         text = tables.measures(fields, leave_out=told)
-        self.print(f"epoch {self._of_epochs(fields)}  validation  {text}")
+        within = fields["iteration"] % max(self._start.get("iterations_per_epoch", 1), 1)
+        place = f"  iteration {tables.count(fields['iteration'])}" if within else ""
+        self.print(f"epoch {self._of_epochs(fields)}{place}  validation  {text}")
 
     def _show_warning(self, fields: Fields) -> None:
         self.print(f"mpidl: warning: {fields['message']}")

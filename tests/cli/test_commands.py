@@ -89,7 +89,7 @@ def test_the_resolved_configuration_is_defaults_then_file_then_flags(trained: tu
     of_defaults = {"seed": 0, "group_size": "auto", "reduction": "ordered", "validate_every": 1}
     expected = of_defaults | of_file | of_flags
     assert {name: resolved[name] for name in expected} == expected
-    unset = {"data_dir", "clip_norm", "clip_value"}
+    unset = {"data_dir", "clip_norm", "clip_value", "end_when", "max_seconds"}
     assert set(resolved) | unset == set(configuration.field_names())
 
 
@@ -120,6 +120,20 @@ def test_an_existing_run_is_not_replaced(trained: tuple[Path, Completed]) -> Non
     assert ended.stderr.count("mpidl: error: ") == 1
     assert f"{run_dir} holds a run already; continue that one with --resume {run_dir}" in ended.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_training_whose_time_is_up_leaves_with_75_and_its_resumption_ends_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stopped = mpidl_on(
+        2, "train", "--data", "digits", "--epochs", "2", "--max-seconds", "0.01", "--run-dir", str(run_dir)
+    )
+    assert stopped.returncode == 75, stopped.output
+    assert "the end of the job's time stopped all ranks after iteration" in stopped.stdout
+    assert events(run_dir, "end")[-1]["status"] == "stopped"
+    assert not (run_dir / "weights.safetensors").exists()
+    mpidl_on(2, "train", "--resume", str(run_dir), "--max-seconds", "600").check()
+    assert [epoch["samples"] for epoch in events(run_dir, "epoch")] == 2 * [1437]
+    assert events(run_dir, "end")[-1]["status"] == "finished"
 
 
 # --- evaluate, export -------------------------------------------------------------------------------------------------
