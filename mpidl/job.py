@@ -30,7 +30,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }  # fmt: skip
 
 # What makes a directory a run's: other files, such as Slurm's output, may lie there before.
-_RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "checkpoints", "weights.safetensors")
+_RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "plans.jsonl", "checkpoints", "weights.safetensors")
 
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 

@@ -15,7 +15,7 @@ from mpidl.data import as_source
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment, OptimizerFactory, ParameterManager
 from mpidl.runtime import init
-from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, Trigger
+from mpidl.scheduling import Header, LossFunction, Metric, Recording, ScheduleFactory, Trigger, read_recording
 from mpidl.settings import Settings
 from mpidl.telemetry import Telemetry
 from mpidl.training import Training
@@ -125,7 +125,13 @@ class Trainer:
     # --- training -------------------------------------------------------------------------------------------------
 
     def fit(
-        self, train_set: Any, validation_set: Any = None, *, epochs: int, resume: bool = False
+        self,
+        train_set: Any,
+        validation_set: Any = None,
+        *,
+        epochs: int,
+        resume: bool = False,
+        replay: str | pathlib.Path | None = None,
     ) -> list[dict[str, Any]]:
         """Train for `epochs` epochs in all, and write the final weights into the run directory.
 
@@ -134,6 +140,8 @@ class Trainer:
             validation_set: likewise; None: no validation.
             epochs: of the whole training, the ones before a resumed checkpoint included.
             resume: go on from the run directory's newest checkpoint; start over where there is none.
+            replay: the run directory of an earlier run, whose plans are carried out again, as they were, on as many
+                ranks; what was due when is due then, and the run ends where that one did.
 
         Returns:
             The events of epochs and validations, on every rank.
@@ -156,13 +164,29 @@ class Trainer:
         with self.world.agreed("preparing the run directory"):
             self._prepare_run_dir(resume)
         manager = self._open_manager()
-        training = Training(self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume)
+        recording = None if replay is None else self._read_plans(pathlib.Path(replay), len(train), epochs, resume)
+        training = Training(
+            self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume, replay=recording
+        )
         try:
             history = training.run()
             self.stopped = training.stopped
             return history
         finally:
             training.close()
+
+    def _read_plans(self, run_dir: pathlib.Path, num_samples: int, epochs: int, resume: bool) -> Recording:
+        """The plans of an earlier run, on all ranks, after a look whether they fit."""
+        found: Recording | None = None
+        with self.world.agreed("reading the plans to repeat"):
+            if resume:
+                raise ConfigError("replay begins at the first iteration; leave resume out")
+            if self.world.rank == 0:
+                found = read_recording(run_dir)
+                settings = self._settings
+                found.check(Header(num_samples, settings.batch_size, epochs, settings.partitions, self.world.size))
+        recording: Recording = self.world.broadcast_object(found)
+        return recording
 
     def _prepare_run_dir(self, resume: bool) -> None:
         run_dir = self._settings.run_dir

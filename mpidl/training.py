@@ -36,10 +36,15 @@ from mpidl.scheduling import (
     Action,
     Coordinator,
     Executor,
+    Group,
     GroupPlan,
     GroupSize,
+    Header,
     LearningRates,
     PlanChannel,
+    PlanLog,
+    Recording,
+    Replay,
     StopRequests,
     Triggers,
     as_trigger,
@@ -67,6 +72,7 @@ class Training:
         *,
         epochs: int,
         resume: bool,
+        replay: Recording | None,
     ) -> None:
         self._began = self._epoch_began = time.perf_counter()
         self._settings = settings
@@ -78,6 +84,7 @@ class Training:
         if self._telemetry is None and world.rank == 0:
             self._telemetry = Telemetry(settings.run_dir)
         self._num_samples = len(train)
+        self._replay = replay
         self._triggers = self._make_triggers(epochs)
         per_epoch = self._triggers.iterations_per_epoch
         self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch)
@@ -95,15 +102,19 @@ class Training:
             stop_flags=self._stop_requests.flags,
         )
         group_size = GroupSize(settings.group_size)
-        self._coordinator: Coordinator | None = None
+        self._coordinator: Coordinator | Replay | None = None
         with world.agreed("making the learning-rate schedule"):
             self._triggers.check(self._measured)
             if world.rank == 0:
-                self._coordinator = self._make_coordinator(group_size)
+                self._coordinator = Replay(replay) if replay else self._make_coordinator(group_size)
         self._remember_validations()
-        size = capacity(group_size.largest, world.size, len(manager.param_groups))
+        largest = replay.largest_group if replay else group_size.largest
+        size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
+        self._acts: list[tuple[int, Action]] = []
+        """What was done in this group: iterations that were done, and the action."""
+        self._plan_log: PlanLog | None = None
         self._group_sums = np.zeros(3)
         self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
@@ -111,8 +122,11 @@ class Training:
 
     def _make_triggers(self, epochs: int) -> Triggers:
         settings = self._settings
+        per_epoch = num_iterations(self._num_samples, settings.batch_size)
+        if self._replay is not None:
+            return self._replay.triggers(per_epoch, epochs)
         made = Triggers(
-            iterations_per_epoch=num_iterations(self._num_samples, settings.batch_size),
+            iterations_per_epoch=per_epoch,
             epochs=epochs,
             validate=None if self._validation is None else as_trigger("validate_every", settings.validate_every),
             checkpoint=None if settings.run_dir is None else as_trigger("checkpoint_every", settings.checkpoint_every),
@@ -185,6 +199,10 @@ class Training:
     def run(self) -> list[dict[str, Any]]:
         """Run all groups; returns the events of epochs and validations."""
         self._record("start", **describe_start(self._facts()))
+        if self._world.rank == 0 and self._settings.run_dir is not None:
+            settings, epochs = self._settings, self._triggers.epochs
+            header = Header(self._num_samples, settings.batch_size, epochs, settings.partitions, self._world.size)
+            self._plan_log = PlanLog(self._settings.run_dir, header)
         if not self._settings.model.training:
             self._settings.model.train()
         if not self._is_over():
@@ -203,6 +221,14 @@ class Training:
 
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due on its way; returns the next plan, None after the last."""
+        try:
+            return self._run_iterations(plan)
+        finally:
+            acts, self._acts = tuple(self._acts), []
+            if self._plan_log is not None:
+                self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts))
+
+    def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None
         is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
         if is_sent_ahead:
@@ -285,6 +311,7 @@ class Training:
         facts = triggers.facts(progress.iteration, loss, seconds, progress.newest_validation)
         ends_epoch = progress.iteration % triggers.iterations_per_epoch == 0
         if ends_epoch:
+            self._did(Action.END_EPOCH)
             self._tell_epoch()
             progress.epoch_sums[:] = 0
         if triggers.fires(triggers.summarize, facts):
@@ -297,12 +324,17 @@ class Training:
             self._tell_epoch()
         if triggers.fires(triggers.checkpoint, facts):
             self._save()
+        if facts.is_last:
+            self._did(Action.END)
         stop = describe_stop(table[:, FLAGS].astype(int), assignment)
         if stop is not None and not facts.is_last:
             self._stop(stop)
         if ends_epoch:
             self._epoch_began = time.perf_counter()
         return not facts.is_last and stop is None
+
+    def _did(self, action: Action) -> None:
+        self._acts.append((self._progress.iteration, action))
 
     @property
     def _epoch(self) -> int:
@@ -315,6 +347,7 @@ class Training:
 
     def _summarize(self) -> None:
         """Write down how the training goes: the loss since the last summary, the gradient's norm."""
+        self._did(Action.SUMMARIZE)
         self._executor.settle()
         sums, self._summary_sums = self._summary_sums, np.zeros(3)
         self._record(
@@ -329,6 +362,7 @@ class Training:
 
     def _validate(self, *, only_at_end: bool) -> None:
         assert self._validation is not None, "validations are due only where there is a validation set"
+        self._did(Action.VALIDATE)
         self._executor.settle()
         began = time.perf_counter()
         if self._validation_loader is None:
@@ -342,6 +376,7 @@ class Training:
             self._coordinator.validated(self._progress.iteration, result)
 
     def _save(self) -> None:
+        self._did(Action.CHECKPOINT)
         self._executor.settle()
         fields = self._checkpoints.save(self._progress)
         self._stop_requests.took_checkpoint(fields["seconds"])
@@ -380,6 +415,9 @@ class Training:
         self._record_end("failed", str(error), {})
 
     def _finish(self) -> None:
+        done = self._progress.iteration
+        if self._replay is not None and not self._replay.has_ended and self.stopped is None:
+            self.stopped = f"the plans that are repeated end after iteration {done}"
         found = describe_end(self._history, time.perf_counter() - self._began)
         if self.stopped:
             self._record_end("stopped", self.stopped, found)
@@ -390,8 +428,8 @@ class Training:
             if run_dir is not None and self._world.rank == 0:
                 weights = run_dir / checkpoint.WEIGHTS
                 checkpoint.save_weights(self._settings.model.state_dict(), weights)
-        is_early = self._progress.iteration < self._triggers.total_iterations
-        message = f"ended early, as end_when says: {self._triggers.end!r}" if is_early else None
+        is_early = done < self._triggers.total_iterations
+        message = f"ended early, as end_when says: {self._settings.end_when}" if is_early else None
         self._record_end("finished", message, {**found, "weights": _text(weights)})
 
     def _record_end(self, status: str, message: str | None, found: dict[str, Any]) -> None:

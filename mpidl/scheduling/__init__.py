@@ -9,6 +9,7 @@ from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates, Plateau, ScheduleFactory, check_schedule
 from mpidl.scheduling.partitions import last_partitions, num_iterations
 from mpidl.scheduling.plan import Action, GroupPlan, capacity
+from mpidl.scheduling.recording import Group, Header, PlanLog, Recording, Replay, read_recording
 from mpidl.scheduling.schedules import Course, named_schedule
 from mpidl.scheduling.stopping import STOP_FILE, StopReason, StopRequests, describe_stop, end_time_of_job
 from mpidl.scheduling.triggers import Trigger, Triggers, as_trigger
@@ -20,13 +21,18 @@ __all__ = [
     "Coordinator",
     "Course",
     "Executor",
+    "Group",
     "GroupPlan",
     "GroupSize",
+    "Header",
     "LearningRates",
     "LossFunction",
     "Metric",
     "PlanChannel",
+    "PlanLog",
     "Plateau",
+    "Recording",
+    "Replay",
     "ScheduleFactory",
     "StopReason",
     "StopRequests",
@@ -41,4 +47,5 @@ __all__ = [
     "last_partitions",
     "named_schedule",
     "num_iterations",
+    "read_recording",
 ]

@@ -40,6 +40,7 @@ class Action(enum.IntFlag):
     END = 8
     WAIT = 16
     """The next plan depends on the validation: it is made and sent after it, not while the group runs."""
+    SUMMARIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mpidl import checkpoint, triggers
 from mpidl.errors import ConfigError
 from mpidl.metrics import accuracy
 from mpidl.runtime import World, signals
+from mpidl.scheduling import read_recording
 from mpidl.telemetry import Telemetry
 from tests.mpi.cases import ADAM, classes, dense, job_of, made, normalised, trainer_of
 from tests.mpi.reference import differing
@@ -42,14 +43,22 @@ def events_of(recorder: Recorder) -> list[tuple[Any, ...]]:
     return [tuple((key, event[key]) for key in told if key in event) for event in kept]
 
 
-def train(world: World, run_dir: Path | None, *, resume: bool = False, job: Any = None, **options: Any) -> Any:
+def train(
+    world: World,
+    run_dir: Path | None,
+    *,
+    resume: bool = False,
+    replay: Path | None = None,
+    job: Any = None,
+    **options: Any,
+) -> Any:
     """The weights after a training, its events (on rank 0), and why it stopped."""
     model, recorder = made(normalised), Recorder()
     job = job or job_of(*TRAIN, epochs=EPOCHS, optimizer=ADAM)
     trainer = trainer_of(
         model, job, run_dir=run_dir, telemetry=recorder, metrics={"accuracy": accuracy}, eval_batch_size=20, **options
     )
-    trainer.fit(TRAIN, HELD_OUT, epochs=job.epochs, resume=resume)
+    trainer.fit(TRAIN, HELD_OUT, epochs=job.epochs, resume=resume, replay=replay)
     trainer.close()
     return model.state_dict(), events_of(recorder), trainer.stopped
 
@@ -231,3 +240,47 @@ def test_a_plateau_schedule_refuses_validations_that_nobody_can_foresee(world: W
     job = job_of(*TRAIN, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(ConfigError, match=r"cannot be foreseen: validate_every is seconds\(60.0\)"):
         train(world, None, job=job, validate_every="seconds(60)")
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end_when", [None, "loss_below(1.2)"])
+def test_a_replay_does_the_same_after_the_same_iterations_with_the_same_bits(
+    world: World, shared_tmp_path: Path, end_when: str | None
+) -> None:
+    first, again = shared_tmp_path / "first", shared_tmp_path / "again"
+    options = {"validate_every": "seconds(0.05)", "checkpoint_every": "seconds(0.1)", "end_when": end_when}
+    weights, events, _ = train(world, first, **options)
+    world.barrier()
+    repeated, more, _ = train(world, again, replay=first, **options)
+    assert differing(repeated, weights) == []
+    assert more == events
+    world.barrier()
+    done = [
+        [(group.plan.first_iteration, group.done, group.acts) for group in read_recording(run_dir).groups]
+        for run_dir in (first, again)
+    ]
+    assert done[0] == done[1]
+    kept = [[position for position, _ in checkpoint.list_checkpoints(each)] for each in (first, again)]
+    assert kept[0] == kept[1]
+
+
+def test_the_replay_of_a_stopped_run_stops_where_that_did(world: World, shared_tmp_path: Path) -> None:
+    first = shared_tmp_path / "first"
+    weights, _, stopped = train(world, first, max_seconds=0.05)
+    assert stopped is not None
+    done = stopped.split("after iteration ")[1].split(";")[0]
+    world.barrier()
+    repeated, _, again = train(world, shared_tmp_path / "again", replay=first)
+    assert again == f"the plans that are repeated end after iteration {done}"
+    assert differing(repeated, weights) == []
+
+
+def test_a_replay_that_does_not_fit_is_refused_on_all_ranks(world: World, shared_tmp_path: Path) -> None:
+    train(world, shared_tmp_path / "first")
+    world.barrier()
+    with pytest.raises(ConfigError, match="made for batch_size 32, this run has 16"):
+        train(world, None, replay=shared_tmp_path / "first", job=job_of(*TRAIN, batch_size=16, epochs=EPOCHS))
+    with pytest.raises(ConfigError, match="has no plans to read"):
+        train(world, None, replay=shared_tmp_path / "nothing")
