@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpidl.parameters import ParameterManager
     from mpidl.runtime import World, init
     from mpidl.runtime.launch import run
+    from mpidl.scheduling import triggers
     from mpidl.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
     from mpidl.trainer import Trainer
 
@@ -40,6 +41,7 @@ _HOMES = {
     "rank": ("mpidl.api", "rank"),
     "run": ("mpidl.runtime.launch", "run"),
     "size": ("mpidl.api", "size"),
+    "triggers": ("mpidl.scheduling.triggers", ""),
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "rank",
     "run",
     "size",
+    "triggers",
 ]
 
 
@@ -69,7 +72,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpidl' has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(module), attribute)
+    value = importlib.import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The command line: `mpidl train | evaluate | export | bench | doctor`.
+"""The command line: `mpidl train | evaluate | export | plan | bench | doctor`.
 
 Help and version need neither MPI nor torch; every command imports what it needs when it runs. Under `mpirun` all ranks
 parse the same arguments, and rank 0 alone prints.
@@ -83,6 +83,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = commands.add_parser("train", help="train a model: mpirun -n 4 mpidl train job.toml", allow_abbrev=False)
     train.add_argument("job", nargs="?", help="job file in TOML; its keys are the settings below")
     train.add_argument("--resume", metavar="RUN_DIR", help="go on after the newest checkpoint of this run")
+    train.add_argument("--replay", metavar="RUN_DIR", help="carry out the plans of this run again, as they were")
     configuration.add_flags(train)
 
     evaluate = commands.add_parser("evaluate", help="loss and accuracy of a run's weights", allow_abbrev=False)
@@ -92,14 +93,22 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     export = commands.add_parser("export", help="write a run's weights as one .safetensors file", allow_abbrev=False)
     export.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
-    export.add_argument("--checkpoint", metavar="EPOCH", type=int, help="epoch of the checkpoint (default: newest)")
+    export.add_argument(
+        "--checkpoint",
+        metavar="EPOCH",
+        help="epochs that the checkpoint is after, or epochs+iterations (default: newest)",
+    )
     export.add_argument("--output", metavar="FILE", help="file to write (default: weights.safetensors in RUN_DIR)")
+
+    plan = commands.add_parser("plan", help="show the plans of a run: mpidl plan show RUN_DIR", allow_abbrev=False)
+    plan.add_argument("action", choices=["show"], help="what to do with them")
+    plan.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
 
     bench = commands.add_parser("bench", help="measure ways side by side, and the limit", allow_abbrev=False)
     benches = benchmarks.add_benches(bench)
 
     doctor = commands.add_parser("doctor", help="look at MPI, launcher, cores and memory", allow_abbrev=False)
-    return parser, {"train": train, "evaluate": evaluate, "export": export, "doctor": doctor, **benches}
+    return parser, {"train": train, "evaluate": evaluate, "export": export, "plan": plan, "doctor": doctor, **benches}
 
 
 def _is_printing() -> bool:
@@ -139,6 +148,8 @@ def _refuse(error: ConfigError) -> None:
 
 
 def _training_config(parsed: argparse.Namespace) -> Config:
+    if parsed.replay is not None:
+        return _config_of_replay(parsed)
     if parsed.resume is None:
         return configuration.load(parsed.job, parsed.overrides)
     if parsed.job is not None:
@@ -148,13 +159,24 @@ def _training_config(parsed: argparse.Namespace) -> Config:
     return _config_of_run(parsed)
 
 
-def _config_of_run(parsed: argparse.Namespace) -> Config:
-    """The configuration that a run directory holds, with the flags on top."""
-    run_dir = Path(parsed.resume if parsed.command == "train" else parsed.run_dir)
-    file = run_dir / CONFIG_FILE
+def _config_of_replay(parsed: argparse.Namespace) -> Config:
+    for name, given in (("--resume", parsed.resume), ("a job file", parsed.job)):
+        if given is not None:
+            raise ConfigError(f"--replay {parsed.replay} has its own settings and begins anew; leave out {name}")
+    return configuration.load(_config_file(parsed.replay), {"run_dir": "auto", **parsed.overrides})
+
+
+def _config_file(run_dir: str) -> Path:
+    file = Path(run_dir) / CONFIG_FILE
     if not file.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}; give the folder of a run")
-    return configuration.load(file, {**parsed.overrides, "run_dir": str(run_dir)})
+    return file
+
+
+def _config_of_run(parsed: argparse.Namespace) -> Config:
+    """The configuration that a run directory holds, with the flags on top."""
+    run_dir = parsed.resume if parsed.command == "train" else parsed.run_dir
+    return configuration.load(_config_file(run_dir), {**parsed.overrides, "run_dir": str(Path(run_dir))})
 
 
 def _run_name(job_file: str | None, data: str) -> str:
@@ -164,8 +186,15 @@ def _run_name(job_file: str | None, data: str) -> str:
     return data.replace(":", ".") if ":" in data else Path(data.split(",")[0]).stem
 
 
-def train(parsed: argparse.Namespace) -> None:
+STOPPED = 75
+"""Exit code of a training that stopped before its end and can be resumed: sysexits' EX_TEMPFAIL."""
+
+
+def train(parsed: argparse.Namespace) -> int:
     """Train as the job file and flags say, and keep the results in a run directory. Collective."""
+    from mpidl.runtime import signals
+
+    signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job
     from mpidl.telemetry import Telemetry
@@ -176,17 +205,20 @@ def train(parsed: argparse.Namespace) -> None:
             run_dir = Path(parsed.resume)
             give_back = job.reopen_run_dir(config, run_dir)
         elif world.rank == 0:
-            run_dir = job.claim_run_dir(config, _run_name(parsed.job, config.data))
+            name = Path(parsed.replay).name if parsed.replay else _run_name(parsed.job, config.data)
+            run_dir = job.claim_run_dir(config, name)
             give_back = functools.partial(job.release_run_dir, run_dir)
     run_dir = world.broadcast_object(run_dir)
     telemetry = Telemetry(run_dir if world.rank == 0 else None, quiet=world.rank != 0)
     try:
         trainer, train_set, validation_set = job.build_trainer(config, telemetry, run_dir)
-        trainer.fit(train_set, validation_set, epochs=config.epochs, resume=bool(parsed.resume))
+        resume, replay = bool(parsed.resume), parsed.replay
+        trainer.fit(train_set, validation_set, epochs=config.epochs, resume=resume, replay=replay)
     finally:
         telemetry.close()
         if give_back is not None:
             give_back()
+    return STOPPED if trainer.stopped else 0
 
 
 def evaluate(parsed: argparse.Namespace) -> None:
@@ -220,6 +252,18 @@ def export(parsed: argparse.Namespace) -> None:
     print(f"{len(weights)} tensors written to {output}")
 
 
+def plan(parsed: argparse.Namespace) -> None:
+    """Print the groups of a run as they were carried out; one process does it all."""
+    if not _is_printing():
+        return
+    from mpidl.scheduling import read_recording
+    from mpidl.telemetry import Console, tables
+
+    recording = read_recording(Path(parsed.run_dir))
+    rows = [tables.of_group(group.to_json()) for group in recording.groups]
+    Console().print_table(f"plans of {parsed.run_dir}", rows, tables.GROUP_HEADERS)
+
+
 def doctor(parsed: argparse.Namespace) -> int:
     """Print what was found out about this machine and what is wrong with it. Collective."""
     from mpidl.runtime import doctor as examination
@@ -240,4 +284,11 @@ def doctor(parsed: argparse.Namespace) -> int:
     return int(any(finding.level == "error" for finding in findings))
 
 
-_COMMANDS = {"train": train, "evaluate": evaluate, "export": export, "bench": benchmarks.run, "doctor": doctor}
+_COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+    "plan": plan,
+    "bench": benchmarks.run,
+    "doctor": doctor,
+}

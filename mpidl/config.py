@@ -128,8 +128,17 @@ class Config:
     )  # fmt: skip
     loader_workers: int = setting(0, "processes that load samples ahead, on every rank", minimum=0)
     eval_batch_size: int = setting(256, "samples of one forward pass in validation", minimum=1)
-    validate_every: int = setting(1, "epochs between validations; 0: never", minimum=0)
-    checkpoint_every: int = setting(1, "epochs between checkpoints; 0: never", minimum=0)
+    validate_every: int | str = setting(
+        1, "validations: a number of epochs, or a trigger such as 'iterations(500) | seconds(600)'; 0: never", minimum=0
+    )
+    checkpoint_every: int | str = setting(1, "checkpoints, likewise", minimum=0)
+    summarize_every: int | str = setting(0, "summaries of loss and gradient norm in the metrics, likewise", minimum=0)
+    end_when: str | None = setting(
+        None, 'trigger that ends the training early, such as \'reached("accuracy", 0.99) | plateau("loss", 5)\''
+    )
+    max_seconds: float | None = setting(
+        None, "seconds after which to stop with a checkpoint; default: in time before Slurm ends the job", minimum=0
+    )
     run_dir: str = setting("auto", "folder for the results; auto: the first free runs/NAME, runs/NAME-2")
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }  # fmt: skip
 
 # What makes a directory a run's: other files, such as Slurm's output, may lie there before.
-_RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "checkpoints", "weights.safetensors")
+_RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "plans.jsonl", "checkpoints", "weights.safetensors")
 
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 
@@ -92,6 +92,9 @@ def build_trainer(
         metrics=parts.metrics,
         validate_every=config.validate_every,
         checkpoint_every=config.checkpoint_every,
+        summarize_every=config.summarize_every,
+        end_when=config.end_when,
+        max_seconds=config.max_seconds,
         run_dir=run_dir,
         telemetry=telemetry,
     )

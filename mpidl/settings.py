@@ -14,7 +14,7 @@ from mpidl.data import Loader, Source
 from mpidl.errors import ConfigError
 from mpidl.parameters import OptimizerFactory
 from mpidl.runtime import World
-from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, evaluate, last_partitions
+from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, Trigger, as_trigger, evaluate, last_partitions
 from mpidl.sync_batchnorm import needs_lockstep
 from mpidl.telemetry import Telemetry
 
@@ -41,8 +41,11 @@ class Settings:
     loader_workers: int
     eval_batch_size: int
     metrics: Mapping[str, Metric]
-    validate_every: int
-    checkpoint_every: int
+    validate_every: int | str | Trigger
+    checkpoint_every: int | str | Trigger
+    summarize_every: int | str | Trigger
+    end_when: str | Trigger | None
+    max_seconds: float | None
     run_dir: pathlib.Path | None
     telemetry: Telemetry | None
 
@@ -80,6 +83,10 @@ class Settings:
                     f"{name} of the model's state dict is a {type(value).__name__}; checkpoints hold tensors only: "
                     "keep it in a buffer instead of get_extra_state"
                 )
+        for name in ("validate_every", "checkpoint_every", "summarize_every", "end_when"):
+            as_trigger(name, getattr(self, name))
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None")
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
         if self.balance not in (True, False, "auto"):

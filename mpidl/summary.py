@@ -90,20 +90,16 @@ def _class_of_bits(reduction: str, wire: str) -> str:
     return "partitions" if wire == "float32" else "layout"
 
 
-def describe_end(history: Sequence[dict[str, Any]], triggers: Triggers, seconds: float) -> dict[str, Any]:
-    """The fields of the "end" event of a training that was finished.
+def describe_end(history: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What a training came to, for its "end" event.
 
     Args:
         history: the events of epochs and validations of this run.
-        triggers: of the training.
         seconds: of this run.
     """
     ended = [event for event in history if event["event"] == "epoch"]
     validations = [event for event in history if event["event"] == "validation"]
     return {
-        "status": "finished",
-        "iterations": triggers.total_iterations,
-        "epochs": triggers.epochs,
         "seconds": seconds,
         "samples_per_s": sum(event["samples"] for event in ended) / seconds,
         "loss": ended[-1]["loss"] if ended else None,

@@ -15,7 +15,7 @@ from mpidl.data import as_source
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment, OptimizerFactory, ParameterManager
 from mpidl.runtime import init
-from mpidl.scheduling import LossFunction, Metric, ScheduleFactory
+from mpidl.scheduling import Header, LossFunction, Metric, Recording, ScheduleFactory, Trigger, read_recording
 from mpidl.settings import Settings
 from mpidl.telemetry import Telemetry
 from mpidl.training import Training
@@ -51,8 +51,12 @@ class Trainer:
         loader_workers: processes on each rank that read a Dataset ahead; 0: it is read between iterations.
         eval_batch_size: samples that one rank evaluates at a time.
         metrics: name -> function of (outputs, targets) returning the SUM over the batch's samples.
-        validate_every: epochs between validations; 0: never.
-        checkpoint_every: epochs between checkpoints in the run directory; 0: never.
+        validate_every: epochs between validations, or a trigger (`mpidl.triggers`, also as text); the training's end
+            always has one; 0: never.
+        checkpoint_every: likewise, of checkpoints in the run directory.
+        summarize_every: likewise, of "summary" events: loss since the last one, learning rate, gradient norm.
+        end_when: a trigger that ends the training before its last epoch; None: none.
+        max_seconds: after which the training stops by itself with a checkpoint, in time; None: when Slurm says.
         run_dir: where metrics, checkpoints and weights go; None: nowhere.
         telemetry: where rank 0 records events; default: `metrics.jsonl` in the run directory, and the console.
     """
@@ -79,8 +83,11 @@ class Trainer:
         loader_workers: int = 0,
         eval_batch_size: int = 256,
         metrics: Mapping[str, Metric] | None = None,
-        validate_every: int = 1,
-        checkpoint_every: int = 1,
+        validate_every: int | str | Trigger = 1,
+        checkpoint_every: int | str | Trigger = 1,
+        summarize_every: int | str | Trigger = 0,
+        end_when: str | Trigger | None = None,
+        max_seconds: float | None = None,
         run_dir: str | pathlib.Path | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
@@ -107,17 +114,28 @@ class Trainer:
             metrics=dict(metrics or {}),
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
+            summarize_every=summarize_every,
+            end_when=end_when,
+            max_seconds=max_seconds,
             run_dir=None if run_dir is None else pathlib.Path(run_dir),
             telemetry=telemetry,
         )
         self._manager: ParameterManager | None = None
+        self.stopped: str | None = None
+        """Why the last `fit` ended before its time: a signal, the file STOP in the run directory, or the job's end."""
         with self.world.agreed("checking the settings"):
             self._settings.check(self.world)
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def fit(
-        self, train_set: Any, validation_set: Any = None, *, epochs: int, resume: bool = False
+        self,
+        train_set: Any,
+        validation_set: Any = None,
+        *,
+        epochs: int,
+        resume: bool = False,
+        replay: str | pathlib.Path | None = None,
     ) -> list[dict[str, Any]]:
         """Train for `epochs` epochs in all, and write the final weights into the run directory.
 
@@ -126,9 +144,15 @@ class Trainer:
             validation_set: likewise; None: no validation.
             epochs: of the whole training, the ones before a resumed checkpoint included.
             resume: go on from the run directory's newest checkpoint; start over where there is none.
+            replay: the run directory of an earlier run, whose plans are carried out again, as they were, on as many
+                ranks; what was due when is due then, and the run ends where that one did.
 
         Returns:
             The events of epochs and validations, on every rank.
+
+        It stops before its end, with a checkpoint where there is a run directory, after the iteration in which any
+        rank received SIGUSR1 or SIGTERM, rank 0 saw a file STOP in the run directory, or the job's time was nearly up:
+        see `stopped`.
 
         Raises:
             UserError: on every rank, before the first iteration: something does not fit.
@@ -144,11 +168,29 @@ class Trainer:
         with self.world.agreed("preparing the run directory"):
             self._prepare_run_dir(resume)
         manager = self._open_manager()
-        training = Training(self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume)
+        recording = None if replay is None else self._read_plans(pathlib.Path(replay), len(train), epochs, resume)
+        training = Training(
+            self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume, replay=recording
+        )
         try:
-            return training.run()
+            history = training.run()
+            self.stopped = training.stopped
+            return history
         finally:
             training.close()
+
+    def _read_plans(self, run_dir: pathlib.Path, num_samples: int, epochs: int, resume: bool) -> Recording:
+        """The plans of an earlier run, on all ranks, after a look whether they fit."""
+        found: Recording | None = None
+        with self.world.agreed("reading the plans to repeat"):
+            if resume:
+                raise ConfigError("replay begins at the first iteration; leave resume out")
+            if self.world.rank == 0:
+                found = read_recording(run_dir)
+                settings = self._settings
+                found.check(Header(num_samples, settings.batch_size, epochs, settings.partitions, self.world.size))
+        recording: Recording = self.world.broadcast_object(found)
+        return recording
 
     def _prepare_run_dir(self, resume: bool) -> None:
         run_dir = self._settings.run_dir
@@ -157,7 +199,7 @@ class Trainer:
         found = checkpoint.list_checkpoints(run_dir)
         if found and not resume:
             raise ConfigError(
-                f"the run directory {run_dir} holds checkpoints of an earlier run (epoch {found[-1][0]}); go on with "
+                f"the run directory {run_dir} holds checkpoints of an earlier run ({found[-1][1].name}); go on with "
                 "resume=True, or choose another run_dir"
             )
         try:

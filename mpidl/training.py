@@ -1,9 +1,13 @@
 """One training: its course from the first plan to the final weights.
 
 For each group: every rank has its plan; the broadcast of the next one is started; the group's iterations run without
-any other message; a gather brings the ranks' times to the coordinator; what is due (validation, checkpoint, the end) is
-done by all ranks together. The next plan is received after the group's first iteration, so that the loader reads ahead
-over the group's edge.
+any other message; a gather brings the ranks' times to the coordinator. The next plan is received after the group's
+first iteration, so that the loader reads ahead over the group's edge.
+
+After every iteration each rank finds out by itself, from what came with the gradients, what is due (`triggers.py`):
+validation, checkpoint, summary, the end; or that some rank asks all to stop (`stopping.py`). All ranks find the same,
+and do it together, in the middle of a group or at its end; then the group goes on. Where the training ends, a plan that
+is under way is received and dropped.
 
 Where the next plan depends on a validation (the plan has the action WAIT, in a training with a plateau schedule only),
 it is built, broadcast and received after the group and all that is due at its end, and nothing is read ahead.
@@ -11,6 +15,7 @@ it is built, broadcast and received after the group and all that is due at its e
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import time
 from typing import Any
@@ -20,23 +25,34 @@ from numpy.typing import NDArray
 
 from mpidl import checkpoint
 from mpidl.data import Loader, Source
-from mpidl.errors import CheckpointError, ConfigError, NonFiniteLossError
-from mpidl.parameters import ParameterManager
-from mpidl.parameters.counters import LOSS_SUM, SAMPLES, WEIGHT
-from mpidl.runtime import World, init, on_all_ranks
+from mpidl.errors import ConfigError, NonFiniteLossError
+from mpidl.parameters import Assignment, ParameterManager
+from mpidl.parameters.counters import FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
+from mpidl.progress import ONLY_AT_END, Checkpoints, Progress
+from mpidl.runtime import World, signals
 from mpidl.scheduling import (
     REPORT_FIELDS,
+    STOP_FILE,
     Action,
     Balancer,
     Coordinator,
     Executor,
+    Group,
     GroupPlan,
     GroupSize,
+    Header,
     LearningRates,
     PlanChannel,
+    PlanLog,
+    Recording,
+    Replay,
+    StopRequests,
     Triggers,
+    as_trigger,
     capacity,
     check_schedule,
+    describe_stop,
+    end_time_of_job,
     num_iterations,
 )
 from mpidl.settings import Settings
@@ -57,7 +73,9 @@ class Training:
         *,
         epochs: int,
         resume: bool,
+        replay: Recording | None,
     ) -> None:
+        self._began = self._epoch_began = time.perf_counter()
         self._settings = settings
         self._world = world
         self._manager = manager
@@ -66,17 +84,14 @@ class Training:
         self._telemetry = settings.telemetry
         if self._telemetry is None and world.rank == 0:
             self._telemetry = Telemetry(settings.run_dir)
-        self._triggers = Triggers(
-            iterations_per_epoch=num_iterations(len(train), settings.batch_size),
-            epochs=epochs,
-            validate_every=settings.validate_every if validation is not None else 0,
-            checkpoint_every=settings.checkpoint_every if settings.run_dir is not None else 0,
-        )
         self._num_samples = len(train)
-        # All results, also those before a resumed checkpoint: learning rates may depend on them.
-        self._validations: list[dict[str, Any]] = []
-        self._last_checkpoint: pathlib.Path | None = None
-        self._first_iteration = self._resume() if resume else 0
+        self._replay = replay
+        self._triggers = self._make_triggers(epochs)
+        per_epoch = self._triggers.iterations_per_epoch
+        self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch)
+        self._progress = self._resumed() if resume else Progress()
+        self._first_iteration = self._progress.iteration
+        self._stop_requests = self._listen()
         self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
         self._executor = Executor(
             manager,
@@ -85,39 +100,93 @@ class Training:
             self._loader,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            stop_flags=self._stop_requests.flags,
         )
         group_size = GroupSize(settings.group_size)
-        self._coordinator: Coordinator | None = None
+        self._coordinator: Coordinator | Replay | None = None
         with world.agreed("making the learning-rate schedule"):
+            self._triggers.check(self._measured)
             if world.rank == 0:
-                self._coordinator = self._make_coordinator(group_size)
-        size = capacity(group_size.largest, world.size, len(manager.param_groups))
+                self._coordinator = Replay(replay) if replay else self._make_coordinator(group_size)
+        self._remember_validations()
+        largest = replay.largest_group if replay else group_size.largest
+        size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
         self._told = manager.assignment  # the metrics have the ranges when they change
-        self._epoch = np.zeros(3)  # loss_sum, weight, samples of the epoch so far
-        self._began = self._epoch_began = time.perf_counter()
+        self._acts: list[tuple[int, Action]] = []
+        """What was done in this group: iterations that were done, and the action."""
+        self._plan_log: PlanLog | None = None
+        self._group_sums = np.zeros(3)
+        self._summary_sums = np.zeros(3)
+        self.stopped: str | None = None
+        """Why it ended before its time; None: it did not."""
+
+    def _make_triggers(self, epochs: int) -> Triggers:
+        settings = self._settings
+        per_epoch = num_iterations(self._num_samples, settings.batch_size)
+        if self._replay is not None:
+            return self._replay.triggers(per_epoch, epochs)
+        made = Triggers(
+            iterations_per_epoch=per_epoch,
+            epochs=epochs,
+            validate=None if self._validation is None else as_trigger("validate_every", settings.validate_every),
+            checkpoint=None if settings.run_dir is None else as_trigger("checkpoint_every", settings.checkpoint_every),
+            summarize=as_trigger("summarize_every", settings.summarize_every),
+            end=as_trigger("end_when", settings.end_when),
+        )
+        return copy.deepcopy(made)  # they remember things, and `fit` may be called again
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        """The names of the numbers that a validation gives."""
+        return ("loss", *self._settings.metrics) if self._triggers.validate is not None else ()
+
+    def _listen(self) -> StopRequests:
+        signals.listen()
+        is_first, run_dir = self._world.rank == 0, self._settings.run_dir
+        stop_file = None if run_dir is None or not is_first else run_dir / STOP_FILE
+        made = StopRequests(stop_file, end_time_of_job(self._settings.max_seconds) if is_first else None)
+        made.obeyed()  # by an earlier run that ended before it saw the file
+        return made
 
     def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
         settings = self._settings
         groups = [{k: v for k, v in g.items() if k != "params"} for g in settings.param_groups or [{}]]
-        validated = ("loss", *settings.metrics) if self._triggers.validate_every else ()
-        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations, validated)
-        coordinator = Coordinator(
+        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations, self._measured)
+        learning_rates = LearningRates(settings.optimizer, groups, settings.schedule)
+        validate = self._triggers.validate
+        if learning_rates.metric is not None and validate is not None and not validate.is_foreseen:
+            raise ConfigError(
+                f"the schedule depends on validations, and when they are due cannot be foreseen: validate_every is "
+                f"{validate!r}; use iterations(...) or epochs(...)"
+            )
+        return Coordinator(
             num_samples=self._num_samples,
             batch_size=settings.batch_size,
             assignment=self._manager.assignment,
             triggers=self._triggers,
             group_size=group_size,
-            learning_rates=LearningRates(settings.optimizer, groups, settings.schedule),
+            learning_rates=learning_rates,
             balancer=self._make_balancer(),
             first_iteration=self._first_iteration,
         )
-        for result in self._validations:
-            # The last epoch's validation is due nowhere else: a longer, undisturbed training has none there.
-            if Action.VALIDATE in self._triggers.actions_after(result["iteration"]):
-                coordinator.validated(result["iteration"], result)
-        return coordinator
+
+    def _resumed(self) -> Progress:
+        """What the newest checkpoint holds, loaded."""
+        found = self._checkpoints.load_newest()
+        if found is None:
+            self._record("warning", message=f"{self._settings.run_dir} holds no checkpoint; the run starts over")
+            return Progress()
+        # A longer, undisturbed training would not have had those of the end.
+        found.validations = [each for each in found.validations if not each.get(ONLY_AT_END)]
+        return found
+
+    def _remember_validations(self) -> None:
+        for result in self._progress.validations:
+            self._triggers.validated(result)
+            if self._coordinator is not None:
+                self._coordinator.validated(result["iteration"], result)
 
     def _make_balancer(self) -> Balancer | None:
         wanted, manager = self._settings.balance, self._manager
@@ -127,6 +196,7 @@ class Training:
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
+        signals.stop_listening()
         self._loader.close()
         if self._validation_loader is not None:
             self._validation_loader.close()
@@ -138,36 +208,55 @@ class Training:
     def run(self) -> list[dict[str, Any]]:
         """Run all groups; returns the events of epochs and validations."""
         self._record("start", **describe_start(self._facts()))
+        if self._world.rank == 0 and self._settings.run_dir is not None:
+            settings, epochs = self._settings, self._triggers.epochs
+            header = Header(self._num_samples, settings.batch_size, epochs, settings.partitions, self._world.size)
+            self._plan_log = PlanLog(self._settings.run_dir, header)
         if not self._settings.model.training:
             self._settings.model.train()
-        if self._first_iteration < self._triggers.total_iterations:
+        if not self._is_over():
             self._channel.start()
             following = self._run_group(self._receive())
             while following is not None:
                 following = self._run_group(following)
-        self._finish(time.perf_counter() - self._began)
+        self._finish()
         return self._history
 
+    def _is_over(self) -> bool:
+        """Whether the checkpoint that this run began from is of a training that has ended."""
+        done = self._progress.iteration
+        facts = self._triggers.facts(done, np.nan, 0.0, self._progress.newest_validation)
+        return done > 0 and (facts.is_last or done > self._triggers.total_iterations)
+
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
-        """Run one group and what is due at its end; returns the next plan, None after the last."""
+        """Run one group and what is due on its way; returns the next plan, None after the last."""
+        try:
+            return self._run_iterations(plan)
+        finally:
+            acts, self._acts = tuple(self._acts), []
+            if self._plan_log is not None:
+                self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts))
+
+    def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None
         is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
         if is_sent_ahead:
             self._channel.start()
-        began = time.perf_counter()
-        sums = np.zeros(3)
+        seconds = 0.0
         for index in range(plan.num_iterations):
-            try:
-                table = self._executor.iterate(plan, index)
-            except NonFiniteLossError as error:
-                self._channel.drop()
-                self._fail(error, done=plan.first_iteration + index)
-                raise
-            sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
+            began = time.perf_counter()
+            table = self._iterate(plan, index)
             if index == 0 and is_sent_ahead:
                 following = self._receive()
-        self._report(plan, sums, time.perf_counter() - began)
-        self._act(plan)
+            seconds += time.perf_counter() - began
+            is_end = index == plan.num_iterations - 1
+            if is_end:
+                self._report(plan, index + 1, seconds)
+            if not self._act(self._executor.assignment(plan, index), table):
+                self._channel.drop()
+                if not is_end:
+                    self._report(plan, index + 1, seconds)
+                return None
         if plan.actions & Action.WAIT:
             self._channel.start()
             following = self._receive()
@@ -177,10 +266,23 @@ class Training:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
         return self._executor.accept(self._channel.receive())
 
-    def _report(self, plan: GroupPlan, sums: NDArray[np.float64], seconds: float) -> None:
+    def _iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
+        try:
+            table = self._executor.iterate(plan, index)
+        except NonFiniteLossError as error:
+            self._channel.drop()
+            self._fail(error)
+            raise
+        self._progress.iteration += 1
+        sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
+        for each in (self._progress.epoch_sums, self._group_sums, self._summary_sums):
+            each += sums
+        return table
+
+    def _report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
         """The group's one gather: times of all ranks to the coordinator."""
-        self._epoch += sums
         report = self._world.gather(np.concatenate([self._executor.take_seconds(), self._executor.take_pace()]))
+        sums, self._group_sums = self._group_sums, np.zeros(3)
         if self._coordinator is None or report is None:
             return
         times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
@@ -189,11 +291,11 @@ class Training:
         self._record(
             "group",
             epoch=plan.epoch + 1,
-            iteration=plan.first_iteration + plan.num_iterations,
-            iterations=plan.num_iterations,
+            iteration=plan.first_iteration + num_iterations,
+            iterations=num_iterations,
             samples=int(sums[2]),
             loss=sums[0] / sums[1],
-            lr=plan.learning_rates[-1][0],
+            lr=plan.learning_rates[num_iterations - 1][0],
             seconds=seconds,
             samples_per_s=sums[2] / seconds,
             group_size=plan.num_iterations,
@@ -208,33 +310,107 @@ class Training:
         least = dict(zip(REPORT_FIELDS, times.min(axis=0).tolist(), strict=True))
         move = self._coordinator.balance(plan, paces, least)
         if move is not None:
-            iteration = plan.first_iteration + plan.num_iterations
+            iteration = plan.first_iteration + num_iterations
             self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
 
-    def _act(self, plan: GroupPlan) -> None:
-        """What is due at the group's end, by all ranks together."""
-        done = plan.first_iteration + plan.num_iterations
-        epoch = plan.epoch + 1
-        if plan.actions & Action.END_EPOCH:
-            seconds = time.perf_counter() - self._epoch_began
-            loss, samples = self._epoch[0] / self._epoch[1], int(self._epoch[2])
-            self._event("epoch", epoch=epoch, iteration=done, loss=float(loss), samples=samples, seconds=seconds)
-            self._epoch[:] = 0
-        if plan.actions & Action.VALIDATE and self._validation is not None:
-            began = time.perf_counter()
-            if self._validation_loader is None:
-                self._validation_loader = self._settings.open_validation_loader(self._validation)
-            result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
-            self._event("validation", epoch=epoch, iteration=done, **result, seconds=time.perf_counter() - began)
-            self._validations.append({"iteration": done, **result})
-            if self._coordinator is not None:
-                self._coordinator.validated(done, result)
-        if plan.actions & Action.CHECKPOINT:
-            self._save(epoch, done)
-        if plan.actions & Action.END_EPOCH:
+    # --- what is due ----------------------------------------------------------------------------------------------
+
+    def _act(self, assignment: Assignment, table: NDArray[np.float64]) -> bool:
+        """Do what is due after an iteration, all ranks together; returns whether the training goes on.
+
+        Args:
+            assignment: of the iteration.
+            table: its counters.
+        """
+        triggers, progress = self._triggers, self._progress
+        loss, seconds = table[:, LOSS_SUM].sum() / table[:, WEIGHT].sum(), table[0, SECONDS]
+        facts = triggers.facts(progress.iteration, loss, seconds, progress.newest_validation)
+        ends_epoch = progress.iteration % triggers.iterations_per_epoch == 0
+        if ends_epoch:
+            self._did(Action.END_EPOCH)
+            self._tell_epoch()
+            progress.epoch_sums[:] = 0
+        if triggers.fires(triggers.summarize, facts):
+            self._summarize()
+        only_at_end = facts.is_last and not triggers.holds_before_end(triggers.validate, facts)
+        if triggers.fires(triggers.validate, facts):
+            self._validate(only_at_end=only_at_end)
+            facts = triggers.facts(progress.iteration, loss, seconds, progress.newest_validation)
+        if facts.is_last and not ends_epoch:
+            self._tell_epoch()
+        if triggers.fires(triggers.checkpoint, facts):
+            self._save()
+        if facts.is_last:
+            self._did(Action.END)
+        stop = describe_stop(table[:, FLAGS].astype(int), assignment)
+        if stop is not None and not facts.is_last:
+            self._stop(stop)
+        if ends_epoch:
             self._epoch_began = time.perf_counter()
+        return not facts.is_last and stop is None
+
+    def _did(self, action: Action) -> None:
+        self._acts.append((self._progress.iteration, action))
+
+    @property
+    def _epoch(self) -> int:
+        """The number of the epoch, from 1, that the last iteration belongs to."""
+        return -(-self._progress.iteration // self._triggers.iterations_per_epoch)
+
+    def _tell_epoch(self) -> None:
+        sums, seconds = self._progress.epoch_sums, time.perf_counter() - self._epoch_began
+        self._event("epoch", loss=float(sums[0] / sums[1]), samples=int(sums[2]), seconds=seconds)
+
+    def _summarize(self) -> None:
+        """Write down how the training goes: the loss since the last summary, the gradient's norm."""
+        self._did(Action.SUMMARIZE)
+        self._executor.settle()
+        sums, self._summary_sums = self._summary_sums, np.zeros(3)
+        self._record(
+            "summary",
+            epoch=self._epoch,
+            iteration=self._progress.iteration,
+            loss=sums[0] / sums[1],
+            samples=int(sums[2]),
+            lr=self._manager.param_groups[0]["lr"],
+            grad_norm=self._manager.grad_norm,
+        )
+
+    def _validate(self, *, only_at_end: bool) -> None:
+        assert self._validation is not None, "validations are due only where there is a validation set"
+        self._did(Action.VALIDATE)
+        self._executor.settle()
+        began = time.perf_counter()
+        if self._validation_loader is None:
+            self._validation_loader = self._settings.open_validation_loader(self._validation)
+        result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
+        self._event("validation", **result, seconds=time.perf_counter() - began)
+        kept = {"iteration": self._progress.iteration, **result}
+        self._progress.validations.append(kept | {ONLY_AT_END: True} if only_at_end else kept)
+        self._triggers.validated(result)
+        if self._coordinator is not None:
+            self._coordinator.validated(self._progress.iteration, result)
+
+    def _save(self) -> None:
+        self._did(Action.CHECKPOINT)
+        self._executor.settle()
+        fields = self._checkpoints.save(self._progress)
+        self._stop_requests.took_checkpoint(fields["seconds"])
+        self._record("checkpoint", **fields)
+
+    def _stop(self, reason: str) -> None:
+        """Keep what there is, and say how to go on."""
+        self._executor.settle()
+        kept = "nothing is kept, since there is no run directory"
+        if self._settings.run_dir is not None:
+            if self._checkpoints.last_iteration != self._progress.iteration:
+                self._save()
+            kept = f"go on with resume=True, or mpidl train --resume {self._settings.run_dir}"
+        self._stop_requests.obeyed()
+        self.stopped = f"{reason} stopped all ranks after iteration {self._progress.iteration}; {kept}"
 
     def _event(self, event: str, **fields: Any) -> None:
+        fields = {"epoch": self._epoch, "iteration": self._progress.iteration, **fields}
         if event == "epoch":
             fields["samples_per_s"] = fields["samples"] / fields["seconds"]
         self._history.append({"event": event, **fields})
@@ -244,82 +420,45 @@ class Training:
         if self._world.rank == 0 and self._telemetry is not None:
             self._telemetry.record(event, **fields)
 
-    # --- checkpoints and the end ----------------------------------------------------------------------------------
+    # --- the end --------------------------------------------------------------------------------------------------
 
-    def _save(self, epoch: int, iteration: int) -> None:
-        run_dir = self._settings.run_dir
-        assert run_dir is not None, "checkpoints are due only where there is a run directory"
-        began = time.perf_counter()
-        path = checkpoint.checkpoint_path(run_dir, epoch)
-        progress = {"epoch": epoch, "iteration": iteration, "validations": self._validations, **self._identity()}
-        size = checkpoint.save(self._manager, path, progress)
-        self._last_checkpoint = path
-        seconds = time.perf_counter() - began
-        self._record("checkpoint", epoch=epoch, iteration=iteration, path=str(path), bytes=size, seconds=seconds)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same in a resumed run for the same numbers."""
-        settings = self._settings
-        return {
-            "seed": settings.seed,
-            "batch_size": settings.batch_size,
-            "partitions": settings.partitions,
-            "train_samples": self._num_samples,
-            "threads_per_rank": self._world.threads_per_rank,
-        }
-
-    def _resume(self) -> int:
-        """Load the newest checkpoint; returns the first iteration to run."""
-        run_dir = self._settings.run_dir
-        if run_dir is None:
-            raise on_all_ranks(ConfigError("resume needs a run_dir to resume from"))
-        found = checkpoint.list_checkpoints(run_dir) if self._world.rank == 0 else []
-        path = self._world.broadcast_object(found[-1][1] if found else None)
-        if path is None:
-            self._record("warning", message=f"{run_dir} holds no checkpoint; the run starts over")
-            return 0
-        progress = checkpoint.load(self._manager, path)
-        threads = progress["threads_per_rank"]
-        self._world = init(threads)
-        for name, value in self._identity().items():
-            if progress[name] != value:
-                raise on_all_ranks(
-                    CheckpointError(
-                        f"{path} was written with {name} {progress[name]}, this run has {value}; resume with the same"
-                    )
-                )
-        self._last_checkpoint = path
-        self._validations = progress.get("validations", [])
-        return int(progress["iteration"])
-
-    def _fail(self, error: NonFiniteLossError, done: int) -> None:
-        """Say where the last good weights are, and record the end after `done` iterations."""
-        last = self._last_checkpoint
+    def _fail(self, error: NonFiniteLossError) -> None:
+        """Say where the last good weights are, and record the end."""
+        last = self._checkpoints.last
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         advice = "; lower the learning rate, or look at that batch"
         error.args = (f"{error}; all ranks stopped there; {kept}{advice}",)
-        self._record(
-            "end",
-            status="failed",
-            message=str(error),
-            iterations=done,
-            epochs=done // self._triggers.iterations_per_epoch,
-            seconds=time.perf_counter() - self._began,
-            run_dir=_text(self._settings.run_dir),
-        )
+        self._record_end("failed", str(error), {})
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self) -> None:
+        done = self._progress.iteration
+        if self._replay is not None and not self._replay.has_ended and self.stopped is None:
+            self.stopped = f"the plans that are repeated end after iteration {done}"
+        found = describe_end(self._history, time.perf_counter() - self._began)
+        if self.stopped:
+            self._record_end("stopped", self.stopped, found)
+            return
         weights = None
         run_dir = self._settings.run_dir
         with self._world.agreed("writing the weights"):
             if run_dir is not None and self._world.rank == 0:
                 weights = run_dir / checkpoint.WEIGHTS
                 checkpoint.save_weights(self._settings.model.state_dict(), weights)
+        is_early = done < self._triggers.total_iterations
+        message = f"ended early, as end_when says: {self._settings.end_when}" if is_early else None
+        self._record_end("finished", message, {**found, "weights": _text(weights)})
+
+    def _record_end(self, status: str, message: str | None, found: dict[str, Any]) -> None:
+        done = self._progress.iteration
+        told = {"message": message} if message else {}
         self._record(
             "end",
-            **describe_end(self._history, self._triggers, seconds),
-            weights=_text(weights),
-            run_dir=_text(run_dir),
+            status=status,
+            **told,
+            iterations=done,
+            epochs=done // self._triggers.iterations_per_epoch,
+            **{"seconds": time.perf_counter() - self._began, **found},
+            run_dir=_text(self._settings.run_dir),
         )
 
     def _facts(self) -> dict[str, Any]:

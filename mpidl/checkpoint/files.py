@@ -19,21 +19,26 @@ from mpidl.errors import CheckpointError
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 _KEYS = {"tensors", "layout", "aliases", "shards", "rest", "optimizer", "buffers", "progress"}
-_NAME = re.compile(r"epoch-(\d{6})")
+_NAME = re.compile(r"epoch-(\d{6})(?:\+(\d{6,}))?")
 
 
-def checkpoint_path(run_dir: pathlib.Path, epoch: int) -> pathlib.Path:
-    """Where the checkpoint after `epoch` epochs stands."""
-    return run_dir / CHECKPOINTS / f"epoch-{epoch:06d}"
+Position = tuple[int, int]
+"""Whole epochs, and iterations of the epoch behind them."""
 
 
-def list_checkpoints(run_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
-    """(epoch, path) of the whole checkpoints of a run directory, oldest first."""
+def checkpoint_path(run_dir: pathlib.Path, epoch: int, iterations: int = 0) -> pathlib.Path:
+    """Where the checkpoint after `epoch` epochs, and `iterations` iterations of the next, stands."""
+    within = f"+{iterations:06d}" if iterations else ""
+    return run_dir / CHECKPOINTS / f"epoch-{epoch:06d}{within}"
+
+
+def list_checkpoints(run_dir: pathlib.Path) -> list[tuple[Position, pathlib.Path]]:
+    """The whole checkpoints of a run directory, oldest first."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("epoch-*"):
         match = _NAME.fullmatch(path.name)
         if match and (path / MANIFEST).is_file():
-            found.append((int(match[1]), path))
+            found.append(((int(match[1]), int(match[2] or 0)), path))
     return sorted(found)
 
 
@@ -74,8 +79,8 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != 2:
-        raise CheckpointError(f"{path / MANIFEST} is not of format 2, the one that this version reads")
+    if not isinstance(manifest, dict) or manifest.get("format") != 3:
+        raise CheckpointError(f"{path / MANIFEST} is not of format 3, the one that this version reads")
     missing = sorted(_KEYS - manifest.keys())
     if missing:
         raise CheckpointError(f"{path / MANIFEST} lacks {', '.join(missing)}: it is damaged")

@@ -1,6 +1,6 @@
 """Checkpoints: each rank writes its own shard of weights and optimizer state; nothing is gathered on one rank.
 
-A checkpoint is a directory `checkpoints/epoch-000003` of
+A checkpoint is a directory `checkpoints/epoch-000003`, or `epoch-000003+000017` where 17 iterations more are done, of
 
 - `shard-00000-of-00004.safetensors`, one per rank that holds elements: "weights" and one vector per kind of
   element-wise optimizer state, float32, in the model's order without alignment gaps, so any number of ranks can read
@@ -157,7 +157,7 @@ def _finish(
     write_json(
         temporary / MANIFEST,
         {
-            "format": 2,
+            "format": 3,
             "mpidl": __version__,
             "torch": torch.__version__,
             "layout": manager.layout.digest(),

@@ -32,12 +32,12 @@ def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
         raise CheckpointError(f"cannot write {path}: {error}") from None
 
 
-def load_weights(path: str | pathlib.Path, epoch: int | None = None) -> dict[str, torch.Tensor]:
+def load_weights(path: str | pathlib.Path, epoch: int | str | None = None) -> dict[str, torch.Tensor]:
     """The state dict found at a path: a run directory, a checkpoint directory or a safetensors file. No MPI.
 
     Args:
         path: of a run directory, its newest checkpoint is read, or its `weights.safetensors` where there is none.
-        epoch: of a run directory, the checkpoint after this epoch (from 1).
+        epoch: of a run directory, the checkpoint after so many epochs; "2+17": and 17 iterations.
 
     Raises:
         CheckpointError: there is nothing to read, or it is damaged.
@@ -49,14 +49,20 @@ def load_weights(path: str | pathlib.Path, epoch: int | None = None) -> dict[str
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
     if epoch is None and (path / MANIFEST).is_file():
         return read_weights(path)
-    found = dict(list_checkpoints(path))
+    found = {_text(position): each for position, each in list_checkpoints(path)}
     if epoch is None and not found and (path / WEIGHTS).is_file():
         return _read(path / WEIGHTS)
-    if not found or (epoch is not None and epoch not in found):
-        there = ", ".join(str(number) for number in found) or "none"
-        wanted = "a checkpoint" if epoch is None else f"the checkpoint of epoch {epoch}"
-        raise CheckpointError(f"{path} does not hold {wanted}; checkpoints there: {there}")
-    return read_weights(found[max(found) if epoch is None else epoch])
+    wanted = next(reversed(found), "") if epoch is None else str(epoch)
+    if wanted not in found:
+        there = ", ".join(found) or "none"
+        what = "a checkpoint" if epoch is None else f"the checkpoint of epoch {epoch}"
+        raise CheckpointError(f"{path} does not hold {what}; checkpoints there: {there}")
+    return read_weights(found[wanted])
+
+
+def _text(position: tuple[int, int]) -> str:
+    """`2`, or `2+17` where 17 iterations more are done."""
+    return f"{position[0]}+{position[1]}" if position[1] else str(position[0])
 
 
 def _read(path: pathlib.Path) -> dict[str, torch.Tensor]:

@@ -242,11 +242,28 @@ class ParameterManager:
             self._rows.begin()
 
     def end_partition(
-        self, assignment: Assignment, partition: int, loss_sum: float, weight: float, samples: int
+        self,
+        assignment: Assignment,
+        partition: int,
+        loss_sum: float,
+        weight: float,
+        samples: int,
+        flags: int = 0,
+        seconds: float = 0.0,
     ) -> None:
-        """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows."""
-        holds = self._close_row(weight)
-        self._sync.counters.write(partition, loss_sum, weight, samples, flags=0 if holds else fields.TOO_EARLY)
+        """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows.
+
+        Args:
+            assignment: as in `begin_partition`.
+            partition: as in `begin_partition`.
+            loss_sum: of its samples.
+            weight: what the sum of all partitions' gradients is divided by the sum of.
+            samples: how many it has.
+            flags: what this rank has to tell all others, from `counters.FIRST_FREE` on.
+            seconds: this rank's clock.
+        """
+        flags |= 0 if self._close_row(weight) else fields.TOO_EARLY
+        self._sync.counters.write(partition, loss_sum, weight, samples, flags, seconds)
         self._sync.merge_own_rows(assignment, partition, self._rows.slot)
 
     def _close_row(self, weight: float) -> bool:
@@ -270,7 +287,7 @@ class ParameterManager:
                 each module's forward waits for its own.
 
         Returns:
-            float64, (num_partitions, 4): loss_sum, weight, samples, flags of every partition.
+            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.

@@ -158,7 +158,7 @@ class Synchronizer:
             update: this rank's optimizer.
 
         Returns:
-            float64, (num_partitions, 4): loss_sum, weight, samples, flags of every partition.
+            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError, LayoutError: on every rank, before anything was updated.

@@ -1,5 +1,6 @@
 """The machine under the job: ranks and nodes, shared memory, threads, launchers, and how a job ends."""
 
+from mpidl.runtime import signals
 from mpidl.runtime.faults import end_job, on_all_ranks, run_command, warn
 from mpidl.runtime.launcher import launched_rank, launched_size, without_launcher
 from mpidl.runtime.shared import SharedMemoryError, share
@@ -19,6 +20,7 @@ __all__ = [
     "on_all_ranks",
     "run_command",
     "share",
+    "signals",
     "warn",
     "without_launcher",
 ]

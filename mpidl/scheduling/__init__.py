@@ -10,30 +10,45 @@ from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates, Plateau, ScheduleFactory, check_schedule
 from mpidl.scheduling.partitions import last_partitions, num_iterations
 from mpidl.scheduling.plan import Action, GroupPlan, capacity
+from mpidl.scheduling.recording import Group, Header, PlanLog, Recording, Replay, read_recording
 from mpidl.scheduling.schedules import Course, named_schedule
-from mpidl.scheduling.triggers import Triggers
+from mpidl.scheduling.stopping import STOP_FILE, StopReason, StopRequests, describe_stop, end_time_of_job
+from mpidl.scheduling.triggers import Trigger, Triggers, as_trigger
 
 __all__ = [
     "REPORT_FIELDS",
+    "STOP_FILE",
     "Action",
     "Balancer",
     "Coordinator",
     "Course",
     "Executor",
+    "Group",
     "GroupPlan",
     "GroupSize",
+    "Header",
     "LearningRates",
     "LossFunction",
     "Metric",
     "Move",
     "PlanChannel",
+    "PlanLog",
     "Plateau",
+    "Recording",
+    "Replay",
     "ScheduleFactory",
+    "StopReason",
+    "StopRequests",
+    "Trigger",
     "Triggers",
+    "as_trigger",
     "capacity",
     "check_schedule",
+    "describe_stop",
+    "end_time_of_job",
     "evaluate",
     "last_partitions",
     "named_schedule",
     "num_iterations",
+    "read_recording",
 ]

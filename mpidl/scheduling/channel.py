@@ -15,6 +15,7 @@ import numpy as np
 from mpidl.runtime import Pending, World
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.plan import GroupPlan, to_buffer
+from mpidl.scheduling.recording import Replay
 
 
 class PlanChannel:
@@ -26,7 +27,7 @@ class PlanChannel:
         capacity: bytes of the largest plan.
     """
 
-    def __init__(self, world: World, coordinator: Coordinator | None, capacity: int) -> None:
+    def __init__(self, world: World, coordinator: Coordinator | Replay | None, capacity: int) -> None:
         self._world = world
         self._coordinator = coordinator
         self._buffer = np.zeros(capacity, np.uint8)

@@ -74,13 +74,13 @@ class Coordinator:
             assignment=self._assignment,
             spans=tuple(spans),
             learning_rates=tuple(self._learning_rates.at(i) for i in range(first, stop)),
-            actions=self._actions_after(stop),
+            actions=self._foreseen_after(stop),
         )
         self._next_iteration, self._next_index = stop, self._next_index + 1
         return plan
 
-    def _actions_after(self, completed: int) -> Action:
-        actions = self._triggers.actions_after(completed)
+    def _foreseen_after(self, completed: int) -> Action:
+        actions = self._triggers.foreseen_after(completed)
         is_awaited = Action.VALIDATE in actions and Action.END not in actions
         return actions | Action.WAIT if is_awaited and self._learning_rates.metric is not None else actions
 

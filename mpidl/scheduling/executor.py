@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ class Executor:
         loader: of the training set; this rank's requests only.
         batch_size: samples of a full batch.
         seed: of the run.
+        stop_flags: reasons to stop that this rank has seen, as `StopReason`s: they go to all ranks.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Executor:
         *,
         batch_size: int,
         seed: int,
+        stop_flags: Callable[[], int] = lambda: 0,
     ) -> None:
         self._manager = manager
         self._model = model
@@ -58,6 +61,8 @@ class Executor:
         self._loader = loader
         self._batch_size = batch_size
         self._seed = seed
+        self._stop_flags = stop_flags
+        self._began = time.perf_counter()
         self._unchecked: int | None = None
         """The iteration whose gradient may not be finite."""
         self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
@@ -94,7 +99,7 @@ class Executor:
         """Run one iteration of a group whose samples were requested. Collective.
 
         Returns:
-            float64, (partitions, 4): loss_sum, weight, samples, flags of every partition.
+            float64, (partitions, 5): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError: on every rank at the same iteration: a loss (the weights are those before it) or the
@@ -126,6 +131,15 @@ class Executor:
             raise on_all_ranks(NonFiniteLossError(f"all weights of iteration {iteration + 1} are zero: no mean loss"))
         return table
 
+    def settle(self) -> None:
+        """Complete the weights, for whoever reads them between two iterations of a group. Not collective.
+
+        Raises:
+            NonFiniteLossError: on every rank: the gradient of the last iteration is not finite.
+        """
+        self._manager.wait()
+        self._check_gradient()
+
     def _check_gradient(self) -> None:
         """Raise on all ranks if the last iteration's gradient was not finite.
 
@@ -152,7 +166,8 @@ class Executor:
                 f"the loss of iteration {iteration + 1}, partition {partition}, does not take the targets: {error}"
             ) from error
         total.backward()
-        self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start)
+        flags, now = self._stop_flags(), time.perf_counter() - self._began
+        self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start, flags, now)
         waited_s = self._manager.waited_s - waited_s  # forward waits for weights of other nodes
         done = time.perf_counter()
         self._seconds["load"] += loaded - begin

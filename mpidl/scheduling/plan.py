@@ -31,7 +31,7 @@ _CHECKSUM_OFFSET = _HEADER.size - 4
 
 
 class Action(enum.IntFlag):
-    """What all ranks do together when a group has ended."""
+    """What may be due when a group has ended, as far as it can be foreseen; the ranks find out by themselves."""
 
     NONE = 0
     END_EPOCH = 1
@@ -40,6 +40,7 @@ class Action(enum.IntFlag):
     END = 8
     WAIT = 16
     """The next plan depends on the validation: it is made and sent after it, not while the group runs."""
+    SUMMARIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)

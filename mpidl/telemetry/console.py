@@ -119,7 +119,9 @@ class Console:
     def _show_validation(self, fields: Fields) -> None:
         told = ("epoch", "iteration", "seconds", "samples")
         text = tables.measures(fields, leave_out=told)
-        self.print(f"epoch {self._of_epochs(fields)}  validation  {text}")
+        within = fields["iteration"] % max(self._start.get("iterations_per_epoch", 1), 1)
+        place = f"  iteration {tables.count(fields['iteration'])}" if within else ""
+        self.print(f"epoch {self._of_epochs(fields)}{place}  validation  {text}")
 
     def _show_balance(self, fields: Fields) -> None:
         """A few lines tell what goes on; all of them are in the metrics."""

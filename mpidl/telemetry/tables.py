@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ _BITS = {
     "none": "not repeatable: the MPI library chooses the order of addition",
 }
 _RANKS_SHOWN = 6
+_COUNTS_SHOWN = 16
 
 
 def count(number: float) -> str:
@@ -107,6 +109,34 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     if fields.get("run_dir"):
         rows.append(("run directory", str(fields["run_dir"])))
     return rows
+
+
+GROUP_HEADERS = ("group", "epoch", "iterations", "samples", "rate", "partitions", "then")
+
+
+def of_group(fields: Fields) -> tuple[str, ...]:
+    """A row about one group as it was carried out.
+
+    Args:
+        fields: a line of `plans.jsonl`.
+    """
+    done, first = fields["done"], fields["first_iteration"]
+    starts, rates = fields["assignment"]["starts"], [rate[0] for rate in fields["learning_rates"][: max(done, 1)]]
+    spans = fields["spans"][:done]
+    counts = [stop - start for start, stop in itertools.pairwise(starts)]
+    acts: dict[int, list[str]] = {}
+    for at, (name,) in fields["acts"]:
+        acts.setdefault(at, []).append(name.lower().replace("_", " "))
+    planned, last = first + len(fields["spans"]), first + done
+    return (
+        str(fields["index"]),
+        str(fields["epoch"] + 1),
+        f"{first + 1} to {last}" + ("" if last == planned else f" of {planned}"),
+        count(sum(stop - start for start, stop in spans)),
+        f"{rates[0]:.4g}" + ("" if rates[-1] == rates[0] else f" to {rates[-1]:.4g}"),
+        " ".join(map(str, counts)) if len(counts) <= _COUNTS_SHOWN else f"{min(counts)} to {max(counts)}",
+        "; ".join(f"{at}: {', '.join(names)}" for at, names in acts.items()),
+    )
 
 
 def table(title: str, rows: Sequence[tuple[str, ...]], headers: Sequence[str] = ()) -> Table:

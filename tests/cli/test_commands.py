@@ -67,7 +67,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_a_run_directory_holds_configuration_events_checkpoints_and_weights(trained: tuple[Path, Completed]) -> None:
     run_dir, _ = trained
     found = sorted(path.name for path in run_dir.iterdir())
-    assert found == ["checkpoints", "config.toml", "metrics.jsonl", "weights.safetensors"]
+    assert found == ["checkpoints", "config.toml", "metrics.jsonl", "plans.jsonl", "weights.safetensors"]
     checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert checkpoints == ["epoch-000001", "epoch-000002", "epoch-000003"]
     kinds = [json.loads(line)["event"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +89,7 @@ def test_the_resolved_configuration_is_defaults_then_file_then_flags(trained: tu
     of_defaults = {"seed": 0, "group_size": "auto", "reduction": "ordered", "validate_every": 1}
     expected = of_defaults | of_file | of_flags
     assert {name: resolved[name] for name in expected} == expected
-    unset = {"data_dir", "clip_norm", "clip_value"}
+    unset = {"data_dir", "clip_norm", "clip_value", "end_when", "max_seconds"}
     assert set(resolved) | unset == set(configuration.field_names())
 
 
@@ -120,6 +120,34 @@ def test_an_existing_run_is_not_replaced(trained: tuple[Path, Completed]) -> Non
     assert ended.stderr.count("mpidl: error: ") == 1
     assert f"{run_dir} holds a run already; continue that one with --resume {run_dir}" in ended.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_training_whose_time_is_up_leaves_with_75_and_its_resumption_ends_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stopped = mpidl_on(
+        2, "train", "--data", "digits", "--epochs", "2", "--max-seconds", "0.01", "--run-dir", str(run_dir)
+    )
+    assert stopped.returncode == 75, stopped.output
+    assert "the end of the job's time stopped all ranks after iteration" in stopped.stdout
+    assert events(run_dir, "end")[-1]["status"] == "stopped"
+    assert not (run_dir / "weights.safetensors").exists()
+    mpidl_on(2, "train", "--resume", str(run_dir), "--max-seconds", "600").check()
+    assert [epoch["samples"] for epoch in events(run_dir, "epoch")] == 2 * [1437]
+    assert events(run_dir, "end")[-1]["status"] == "finished"
+
+
+def test_a_run_s_plans_are_shown_and_repeated_to_the_bits(trained: tuple[Path, Completed], tmp_path: Path) -> None:
+    run_dir, _ = trained
+    shown = mpidl_on(2, "plan", "show", str(run_dir)).check()
+    assert shown.stdout.count("validate") == 3, "once, from one rank"
+    assert "69: end epoch, validate" in " ".join(shown.stdout.replace("|", " ").split())
+    again = tmp_path / "again"
+    mpidl_on(3, "train", "--replay", str(run_dir), "--run-dir", str(again)).check()
+    assert (again / "weights.safetensors").read_bytes() == (run_dir / "weights.safetensors").read_bytes()
+    assert (again / "plans.jsonl").read_text() == (run_dir / "plans.jsonl").read_text()
+    others = mpidl_on(2, "train", "--replay", str(run_dir), "--run-dir", str(tmp_path / "others"))
+    assert others.returncode == 2
+    assert "were made for world_size 3, this run has 2; repeat it with the same" in others.stderr
 
 
 # --- evaluate, export -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mpidl.scheduling import (
     Triggers,
     capacity,
     num_iterations,
+    triggers,
 )
 
 NUM_SAMPLES, BATCH_SIZE, GROUP_SIZE = 45, 10, 3
@@ -33,7 +34,7 @@ def coordinator_of(world: World) -> Coordinator:
         num_samples=NUM_SAMPLES,
         batch_size=BATCH_SIZE,
         assignment=Assignment.even(world.size + 3, world.size),
-        triggers=Triggers(num_iterations(NUM_SAMPLES, BATCH_SIZE), epochs=3, validate_every=2, checkpoint_every=1),
+        triggers=Triggers(num_iterations(NUM_SAMPLES, BATCH_SIZE), epochs=3, validate=triggers.epochs(2)),
         group_size=GroupSize(GROUP_SIZE),
         learning_rates=LearningRates(functools.partial(torch.optim.SGD, lr=0.1), [{}, {"lr": 1.0}], decaying),
     )

@@ -221,7 +221,7 @@ def test_checkpoints_are_due_every_so_many_epochs_and_at_the_end(world: World, s
     data = classes(32)
     fit(made(dense), job_of(*data, epochs=5), data, shared_tmp_path, checkpoint_every=2)
     world.barrier()
-    assert [epoch for epoch, _ in checkpoint.list_checkpoints(shared_tmp_path)] == [2, 4, 5]
+    assert [position for position, _ in checkpoint.list_checkpoints(shared_tmp_path)] == [(2, 0), (4, 0), (5, 0)]
     plain, sharded_ones = load_file(shared_tmp_path / "weights.safetensors"), checkpoint.load_weights(shared_tmp_path)
     assert differing(dict(sorted(plain.items())), dict(sorted(sharded_ones.items()))) == []
 
@@ -390,10 +390,10 @@ def test_a_damaged_or_missing_file_is_refused_by_all_ranks_and_nothing_is_loaded
     [
         (None, "not a whole checkpoint"),
         ("", "not a whole checkpoint"),
-        ('{"format": 2, ', "not a whole checkpoint"),
-        ("[]", "not of format 2"),
-        ('{"format": 1}', "not of format 2"),
-        ('{"format": 2}', "manifest.json lacks aliases, buffers, layout"),
+        ('{"format": 3, ', "not a whole checkpoint"),
+        ("[]", "not of format 3"),
+        ('{"format": 1}', "not of format 3"),
+        ('{"format": 3}', "manifest.json lacks aliases, buffers, layout"),
     ],
 )
 def test_a_manifest_that_is_missing_or_not_ours_is_refused(

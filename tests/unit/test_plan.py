@@ -36,7 +36,7 @@ def plans(draw: Any, max_iterations: int = 6, max_ranks: int = 6, max_groups: in
         assignment=Assignment(total, (0, *sorted(inner), total)),
         spans=tuple(spans),
         learning_rates=tuple(draw(rates) for _ in spans),
-        actions=draw(st.sampled_from([Action(value) for value in range(16)])),
+        actions=draw(st.sampled_from([Action(value) for value in range(64)])),
     )
 
 

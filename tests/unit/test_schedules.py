@@ -23,6 +23,7 @@ from mpidl.scheduling import (
     LearningRates,
     Plateau,
     Triggers,
+    as_trigger,
     check_schedule,
     named_schedule,
 )
@@ -153,7 +154,7 @@ def plateau_coordinator(schedule: Any, *, first: int = 0, validate_every: int = 
         num_samples=4 * PER_EPOCH,
         batch_size=4,
         assignment=Assignment.even(2, 1),
-        triggers=Triggers(PER_EPOCH, EPOCHS, validate_every, checkpoint_every=0),
+        triggers=Triggers(PER_EPOCH, EPOCHS, as_trigger("validate_every", validate_every)),
         group_size=GroupSize(group_size),
         learning_rates=LearningRates(SGD, GROUPS, schedule),
         first_iteration=first,

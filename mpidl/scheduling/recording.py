@@ -1,0 +1,253 @@
+"""The plans of a run, written down as they were carried out, read, and repeated.
+
+`plans.jsonl` in the run directory: each run, also one that goes on from a checkpoint, begins with a line about itself
+(`Header`); behind it stands one line for each group, written when the group has ended, also where that was too early:
+the plan, how many of its iterations were done, and what was done after which of them.
+
+A replay gives every rank the plans again, one after the other, through the same broadcasts; what was done when is known
+to all ranks from the beginning. It ends where the recorded run ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mpidl._version import __version__
+from mpidl.errors import ConfigError
+from mpidl.parameters import Assignment
+from mpidl.scheduling.plan import Action, GroupPlan
+from mpidl.scheduling.triggers import Facts, Trigger, Triggers
+
+FILE_NAME = "plans.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a run's plans were made for."""
+
+    num_samples: int
+    batch_size: int
+    epochs: int
+    partitions: int
+    world_size: int
+    mpidl: str = __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One group as it was carried out."""
+
+    plan: GroupPlan
+    done: int
+    """Iterations of the plan that were done."""
+    acts: tuple[tuple[int, Action], ...]
+    """(iterations done in the training, what was done then), in that order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        plan = dataclasses.asdict(self.plan)
+        return {
+            **plan,
+            "actions": _names(self.plan.actions),
+            "done": self.done,
+            "acts": [[at, _names(action)] for at, action in self.acts],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Group:
+        """Read what `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not such a value.
+        """
+        given = dict(value)
+        done, acts = int(given.pop("done")), tuple((int(at), _action(names)) for at, names in given.pop("acts"))
+        assignment = Assignment(int(given["assignment"]["num_partitions"]), tuple(given["assignment"]["starts"]))
+        given |= {
+            "assignment": assignment,
+            "spans": tuple((int(a), int(b)) for a, b in given["spans"]),
+            "learning_rates": tuple(tuple(map(float, rates)) for rates in given["learning_rates"]),
+            "actions": _action(given["actions"]),
+        }
+        return cls(GroupPlan(**given), done, acts)
+
+    @property
+    def stop(self) -> int:
+        """Iterations of the training that were done when it had ended."""
+        return self.plan.first_iteration + self.done
+
+    def cut(self, stop: int) -> Group:
+        """The same up to `stop` iterations of the training."""
+        return dataclasses.replace(
+            self,
+            done=min(self.done, stop - self.plan.first_iteration),
+            acts=tuple(a for a in self.acts if a[0] <= stop),
+        )
+
+
+def _names(action: Action) -> list[str]:
+    return [each.name for each in Action if each and each in action and each.name]
+
+
+def _action(names: Iterable[str]) -> Action:
+    action = Action.NONE
+    for name in names:
+        action |= Action[name]
+    return action
+
+
+class PlanLog:
+    """Writes a run's plans down; on rank 0.
+
+    Args:
+        run_dir: where `plans.jsonl` goes.
+        header: of this run.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, header: Header) -> None:
+        self._path = run_dir / FILE_NAME
+        self._write({"header": dataclasses.asdict(header)})
+
+    def write(self, group: Group) -> None:
+        """Append a group; a full disk must not end a training, so nothing is said of it here."""
+        self._write(group.to_json())
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(value) + "\n")
+        except OSError:
+            pass
+
+
+@dataclasses.dataclass(repr=False)
+class _Recorded(Trigger):
+    """Holds after the iterations after which something was done."""
+
+    at: frozenset[int]
+    is_foreseen = True
+    word = "recorded"
+
+    def holds(self, facts: Facts) -> bool:
+        return facts.completed in self.at
+
+    def next_after(self, completed: int, iterations_per_epoch: int) -> int | None:
+        return min((each for each in self.at if each > completed), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a replay has to know; the same on all ranks."""
+
+    run_dir: pathlib.Path
+    header: Header
+    """Of the newest run, where one went on from another's checkpoint."""
+    groups: Sequence[Group]
+
+    @property
+    def largest_group(self) -> int:
+        """Iterations of the longest group."""
+        return max(group.done for group in self.groups)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training had ended, and was not stopped."""
+        return any(action is Action.END for _, action in self.groups[-1].acts)
+
+    def check(self, given: Header) -> None:
+        """Raise ConfigError where the plans were made for another run than this one."""
+        if self.groups[0].plan.first_iteration:
+            raise ConfigError(
+                f"the plans of {self.run_dir} begin at iteration {self.groups[0].plan.first_iteration}, not 0"
+            )
+        for field in dataclasses.fields(Header):
+            recorded, own = getattr(self.header, field.name), getattr(given, field.name)
+            if recorded != own and field.name != "mpidl":
+                raise ConfigError(
+                    f"the plans of {self.run_dir} were made for {field.name} {recorded}, this run has {own}; repeat it "
+                    "with the same"
+                )
+
+    def triggers(self, iterations_per_epoch: int, epochs: int) -> Triggers:
+        """What is due when: what was done then."""
+
+        def done(action: Action) -> Trigger | None:
+            found = frozenset(at for group in self.groups for at, act in group.acts if act is action)
+            return _Recorded(found) if found else None
+
+        return Triggers(
+            iterations_per_epoch,
+            epochs,
+            validate=done(Action.VALIDATE),
+            checkpoint=done(Action.CHECKPOINT),
+            summarize=done(Action.SUMMARIZE),
+            end=done(Action.END),
+        )
+
+
+def read_recording(run_dir: pathlib.Path) -> Recording:
+    """The plans that led to where a run ended, one behind the other, from its run directory.
+
+    What was run twice, since a run went on from a checkpoint, counts as it was run last.
+
+    Raises:
+        ConfigError: there are none, or they are damaged.
+    """
+    path = run_dir / FILE_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{run_dir} has no plans to read ({FILE_NAME}: {error.strerror})") from None
+    header, groups = None, list[Group]()
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if "header" in value:
+                header = Header(**value["header"])
+                continue
+            group = Group.from_json(value)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break  # a killed run left it incomplete
+            raise ConfigError(f"{path}, line {number} is damaged: {type(error).__name__} {error}") from None
+        first = group.plan.first_iteration
+        groups = [each.cut(first) for each in groups if each.plan.first_iteration < first]
+        groups.append(group)
+    if header is None or not any(group.done for group in groups):
+        raise ConfigError(f"{path} holds no group that was carried out")
+    return Recording(run_dir, header, [group for group in groups if group.done])
+
+
+class Replay:
+    """Gives the recorded plans one after the other, in the coordinator's place."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._groups = list(recording.groups)
+        self._last = len(self._groups) - 1
+        self._next = 0
+
+    def next_plan(self) -> GroupPlan:
+        """The next plan, as far as it was carried out; the last one has the action END."""
+        group, index = self._groups[self._next], self._next
+        self._next += 1
+        ends = Action.END if index == self._last else Action.NONE
+        return dataclasses.replace(
+            group.plan,
+            index=index,
+            spans=group.plan.spans[: group.done],
+            learning_rates=group.plan.learning_rates[: group.done],
+            actions=group.plan.actions & ~Action.END | ends,
+        )
+
+    def validated(self, completed: int, result: Mapping[str, float]) -> None:
+        """Nothing: the plans are made."""
+
+    def observe(self, plan: GroupPlan, *report: Any) -> None:
+        """Nothing: the plans are made."""
+
+    def balance(self, plan: GroupPlan, *report: Any) -> None:
+        """Nothing: the plans are made."""

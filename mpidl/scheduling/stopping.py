@@ -1,0 +1,108 @@
+"""Reasons to stop a training before its end: a signal on any rank, a file, the time.
+
+Each rank looks for itself and tells what it has seen in the flags of its partitions' counters, which come with the
+gradients: all ranks see them after the same iteration, write a checkpoint there and leave. No message is sent for it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.parameters import Assignment
+from mpidl.parameters.counters import FIRST_FREE
+from mpidl.runtime import signals
+
+STOP_FILE = "STOP"
+"""The name, in the run directory, of the file that stops the training."""
+
+_LOOK_EVERY_S = 1.0
+_LONGEST_MARGIN_S = 60.0
+_MARGIN_SHARE = 0.1
+
+
+class StopReason(enum.IntFlag):
+    """Flags of a partition's counters."""
+
+    SIGNAL = FIRST_FREE
+    FILE = 2 * FIRST_FREE
+    TIME = 4 * FIRST_FREE
+
+
+class StopRequests:
+    """What this rank has seen.
+
+    Args:
+        stop_file: looked for about once a second; None: by no-one here (rank 0 looks for it).
+        end_time: when the job is ended (time.time); None: unknown. Asked for a margin before it, in which a checkpoint
+            can be written: a tenth of the time left when this is made, at most a minute, and twice what the last
+            checkpoint took.
+        clock: seconds since the epoch, as time.time.
+    """
+
+    def __init__(
+        self, stop_file: pathlib.Path | None, end_time: float | None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._stop_file = stop_file
+        self._end_time = end_time
+        self._clock = clock
+        self._looked_at = clock()
+        self._has_file = False
+        self._margin = 0.0 if end_time is None else min(_LONGEST_MARGIN_S, _MARGIN_SHARE * (end_time - clock()))
+        self._checkpoint_s = 0.0
+
+    def flags(self) -> int:
+        """The reasons there are by now, as `StopReason`s."""
+        found, now = 0, self._clock()
+        if signals.received():
+            found |= StopReason.SIGNAL
+        if self._stop_file is not None and now - self._looked_at >= _LOOK_EVERY_S:
+            self._looked_at, self._has_file = now, self._stop_file.exists()
+        if self._has_file:
+            found |= StopReason.FILE
+        if self._end_time is not None and now >= self._end_time - self._margin - 2 * self._checkpoint_s:
+            found |= StopReason.TIME
+        return found
+
+    def took_checkpoint(self, seconds: float) -> None:
+        """Learn how long a checkpoint takes."""
+        self._checkpoint_s = seconds
+
+    def obeyed(self) -> None:
+        """Take the file away: a resumed training is to go on."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
+
+
+def describe_stop(flags: NDArray[np.int64], assignment: Assignment) -> str | None:
+    """The reason to stop in words, the same on all ranks; None: there is none.
+
+    Args:
+        flags: int, (num_partitions,); of an iteration's counters.
+        assignment: of the iteration.
+    """
+    texts = {
+        StopReason.SIGNAL: "a signal to rank {rank}",
+        StopReason.FILE: f"the file {STOP_FILE}",
+        StopReason.TIME: "the end of the job's time",
+    }
+    for reason, text in texts.items():
+        (asking,) = np.nonzero(flags & reason)
+        if asking.size:
+            return text.format(rank=bisect.bisect_right(assignment.starts, int(asking[0])) - 1)
+    return None
+
+
+def end_time_of_job(max_seconds: float | None, environment: Mapping[str, str] = os.environ) -> float | None:
+    """When the job ends (time.time): by Slurm's word or `max_seconds` from now, whichever comes first."""
+    told = environment.get("SLURM_JOB_END_TIME", "")
+    found = [float(told)] if told.isdigit() else []
+    found += [] if max_seconds is None else [time.time() + max_seconds]
+    return min(found, default=None)
