@@ -77,7 +77,7 @@ class Move:
     before: Assignment
     after: Assignment
     rank: int
-    """Whose share changes the most."""
+    """The most remarkable: whose share changes, and whose speed differs."""
     speed: float
     """Of that rank, with the median of the others as 1."""
     gain: float
@@ -173,9 +173,9 @@ class Balancer:
         before, self.assignment = self.assignment, proposed
         self._num_returns += proposed == self._left
         self._left, self._num_calm = before, 0
-        changes = np.abs(np.log(np.diff(proposed.starts) / np.diff(before.starts)))
-        rank = int(changes.argmax())
         seconds = self.estimates.seconds_per_sample
+        changes = np.log(np.diff(proposed.starts) / np.diff(before.starts))
+        rank = int((np.abs(changes) + np.abs(np.log(seconds / np.median(seconds)))).argmax())
         others = float(np.median(np.delete(seconds, rank)))
         gain = 1 - costs.seconds(proposed) / costs.seconds(before)
         return Move(before, proposed, rank, others / float(seconds[rank]), gain)

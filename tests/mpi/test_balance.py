@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,24 @@ def test_no_room_for_more_rows_costs_a_warning_and_no_bit(
     assert_bits_of_the_oracle(dense, job, data, group_size=1, telemetry=kept, balance=True)
     if world.rank == 0 and world.size > 1:
         assert "partitions stay where they are: no room" in capsys.readouterr().err
+
+
+def test_a_replay_repeats_moves(world: World, monkeypatch: pytest.MonkeyPatch, shared_tmp_path: Path) -> None:
+    monkeypatch.setattr(mpidl.training, "Balancer", Wanderer)
+    data = classes(96)
+    job = job_of(*data, partitions=11, epochs=1)
+    found = []
+    for name, replay in (("first", None), ("again", shared_tmp_path / "first")):
+        kept = Kept()
+        trainer = trainer_of(
+            made(dense), job, run_dir=shared_tmp_path / name, telemetry=kept, group_size=1, balance=True
+        )
+        trainer.fit(data, epochs=1, replay=replay)
+        trainer.close()
+        found.append([(event["iteration"], event.get("partition_starts")) for event in kept.of("group")])
+    assert found[0] == found[1]
+    if world.rank == 0 and world.size > 1:
+        assert any(starts for _, starts in found[0])
 
 
 class Waits(nn.Module):
