@@ -2,7 +2,8 @@
 
 `mpidl bench sync` measures an exchange without compute, `mpidl bench step` whole iterations, `mpidl bench kernels` the
 sums of one rank. The ranks of the run do all ways in turn, repetition by repetition, so that all meet the same machine;
-before anything is timed they must give the same results.
+before anything is timed they must give the same results. `mpidl bench balance` trains with a slow rank, one run after
+the other.
 
 Importing this package loads neither MPI nor torch.
 """

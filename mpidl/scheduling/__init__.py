@@ -1,6 +1,6 @@
 """Group plans: the coordinator makes them, every rank's executor runs them alone."""
 
-from mpidl.scheduling.balance import Balancer, Move
+from mpidl.scheduling.balance import Balancer, Move, best_counts
 from mpidl.scheduling.channel import PlanChannel
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.evaluation import Metric, evaluate
@@ -42,6 +42,7 @@ __all__ = [
     "Trigger",
     "Triggers",
     "as_trigger",
+    "best_counts",
     "capacity",
     "check_schedule",
     "describe_stop",
