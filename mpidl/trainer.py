@@ -43,6 +43,10 @@ class Trainer:
         wire: what travels between nodes: "float32" or "bfloat16".
         balance: whether partitions move from slow ranks to fast ones as the run goes on. "auto": where that changes no
             bit of the result, so not with wire "bfloat16" between nodes, nor where the MPI library adds.
+        drop_share: at most this share of an iteration's partitions may be dropped, where ranks are late; an iteration
+            in which more would be is repeated. 0: nothing is dropped. It changes the numbers.
+        drop_budget_s: seconds of an iteration after which a rank drops what it has not started; None: learned.
+        drop_warmup: iterations to learn it from.
         bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.
@@ -76,6 +80,9 @@ class Trainer:
         reduction: str = "ordered",
         wire: str = "float32",
         balance: bool | str = "auto",
+        drop_share: float = 0.0,
+        drop_budget_s: float | None = None,
+        drop_warmup: int = 50,
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -106,6 +113,9 @@ class Trainer:
             reduction=reduction,
             wire=wire,
             balance=balance,
+            drop_share=drop_share,
+            drop_budget_s=drop_budget_s,
+            drop_warmup=drop_warmup,
             bucket_mb=bucket_mb,
             clip_norm=clip_norm,
             clip_value=clip_value,

@@ -36,6 +36,7 @@ from mpidl.scheduling import (
     Action,
     Balancer,
     Coordinator,
+    DropBudget,
     Executor,
     Group,
     GroupPlan,
@@ -101,6 +102,7 @@ class Training:
             batch_size=settings.batch_size,
             seed=settings.seed,
             stop_flags=self._stop_requests.flags,
+            drop_share=settings.drop_share,
         )
         group_size = GroupSize(settings.group_size)
         self._coordinator: Coordinator | Replay | None = None
@@ -113,6 +115,7 @@ class Training:
         size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
+        self._told_drops: dict[str, NDArray[np.float64]] = {}
         self._told = manager.assignment  # the metrics have the ranges when they change
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
@@ -169,6 +172,7 @@ class Training:
             group_size=group_size,
             learning_rates=learning_rates,
             balancer=self._make_balancer(),
+            drop_budget=self._make_drop_budget(),
             first_iteration=self._first_iteration,
         )
 
@@ -193,6 +197,12 @@ class Training:
         if wanted == "auto":
             wanted = manager.moves_keep_bits
         return Balancer(manager.assignment, manager.world.node_of) if wanted else None
+
+    def _make_drop_budget(self) -> DropBudget | None:
+        settings = self._settings
+        if not settings.drop_share:
+            return None
+        return DropBudget(settings.drop_share, settings.drop_budget_s, settings.drop_warmup)
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
@@ -274,6 +284,8 @@ class Training:
             self._fail(error)
             raise
         self._progress.iteration += 1
+        if self._coordinator is not None:
+            self._coordinator.note(table)
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
         for each in (self._progress.epoch_sums, self._group_sums, self._summary_sums):
             each += sums
@@ -304,6 +316,7 @@ class Training:
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
             slowest_rank=int(busy.argmax()),
             seconds_per_sample=paces[:, 0].tolist(),
+            **self._drops("group"),
             **({} if plan.assignment == self._told else {"partition_starts": plan.assignment.starts}),
         )
         self._told = plan.assignment
@@ -312,6 +325,15 @@ class Training:
         if move is not None:
             iteration = plan.first_iteration + num_iterations
             self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
+
+    def _drops(self, event: str) -> dict[str, int]:
+        """What was dropped since the last event of this name; nothing where nothing may be dropped."""
+        if not self._settings.drop_share:
+            return {}
+        now = self._executor.drops.copy()
+        dropped, repeated = now - self._told_drops.get(event, 0)
+        self._told_drops[event] = now
+        return {"dropped_partitions": int(dropped), "repeated_iterations": int(repeated)}
 
     # --- what is due ----------------------------------------------------------------------------------------------
 
@@ -359,7 +381,8 @@ class Training:
 
     def _tell_epoch(self) -> None:
         sums, seconds = self._progress.epoch_sums, time.perf_counter() - self._epoch_began
-        self._event("epoch", loss=float(sums[0] / sums[1]), samples=int(sums[2]), seconds=seconds)
+        loss, samples = float(sums[0] / sums[1]), int(sums[2])
+        self._event("epoch", loss=loss, samples=samples, seconds=seconds, **self._drops("epoch"))
 
     def _summarize(self) -> None:
         """Write down how the training goes: the loss since the last summary, the gradient's norm."""
@@ -458,6 +481,7 @@ class Training:
             iterations=done,
             epochs=done // self._triggers.iterations_per_epoch,
             **{"seconds": time.perf_counter() - self._began, **found},
+            **self._drops("end"),
             run_dir=_text(self._settings.run_dir),
         )
 
@@ -470,6 +494,7 @@ class Training:
             "reduction": settings.reduction,
             "wire": settings.wire,
             "balance": settings.balance,
+            "drop_share": settings.drop_share,
             "seed": settings.seed,
             "train_samples": self._num_samples,
             "validation_samples": 0 if self._validation is None else len(self._validation),

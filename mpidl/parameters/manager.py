@@ -250,6 +250,7 @@ class ParameterManager:
         samples: int,
         flags: int = 0,
         seconds: float = 0.0,
+        started: float = 0.0,
     ) -> None:
         """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows.
 
@@ -261,9 +262,25 @@ class ParameterManager:
             samples: how many it has.
             flags: what this rank has to tell all others, from `counters.FIRST_FREE` on.
             seconds: this rank's clock.
+            started: seconds from the iteration's begin on this rank to the partition's.
         """
         flags |= 0 if self._close_row(weight) else fields.TOO_EARLY
-        self._sync.counters.write(partition, loss_sum, weight, samples, flags, seconds)
+        self._sync.counters.write(partition, loss_sum, weight, samples, flags, seconds, started)
+        self._sync.merge_own_rows(assignment, partition, self._rows.slot)
+
+    def drop_partition(
+        self, assignment: Assignment, partition: int, flags: int = 0, seconds: float = 0.0, started: float = 0.0
+    ) -> None:
+        """Let a partition add zeros and weigh nothing, in place of begin_partition and end_partition.
+
+        Nothing of its row is announced: what was expected of the iteration's last row is expected of the next one's.
+        """
+        start, _ = assignment.range_of(self.world.rank)
+        self.begin(assignment)
+        self._rows.open(len(tree.cover(assignment.num_partitions, start, partition)))
+        self._rows.close()
+        self._sync.changes.rows[self._rows.slot].fill(0)
+        self._sync.counters.write(partition, 0.0, 0.0, 0, flags | fields.DROPPED, seconds, started)
         self._sync.merge_own_rows(assignment, partition, self._rows.slot)
 
     def _close_row(self, weight: float) -> bool:
@@ -278,21 +295,25 @@ class ParameterManager:
             )
         return holds
 
-    def synchronize(self, assignment: Assignment, *, wait: bool = True) -> NDArray[np.float64]:
+    def synchronize(
+        self, assignment: Assignment, *, wait: bool = True, most_dropped: int | None = None
+    ) -> NDArray[np.float64]:
         """Sum, update and share the weights, once every rank has ended its partitions. Collective.
 
         Args:
             assignment: the one that the partitions were begun with.
             wait: whether to return only when the weights are complete; else they are after `wait`, and until then
                 each module's forward waits for its own.
+            most_dropped: how many partitions may have been dropped; None: any number.
 
         Returns:
-            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
+            float64, (num_partitions, 6): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
+            TooManyDroppedError: on every rank, before anything was updated: the iteration can be computed anew.
         """
-        table = self._sync.synchronize(assignment, self._update)
+        table = self._sync.synchronize(assignment, self._update, most_dropped)
         if self._gate is not None:
             self._gate.shut()
         self._rows.tell_autograd()

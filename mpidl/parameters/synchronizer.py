@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
+from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError, TooManyDroppedError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment
@@ -150,21 +150,24 @@ class Synchronizer:
                 into = exchange.rows[slot - merge - 1]
                 np.add(into, exchange.rows[slot - merge], out=into)
 
-    def synchronize(self, assignment: Assignment, update: ShardOptimizer) -> NDArray[np.float64]:
+    def synchronize(
+        self, assignment: Assignment, update: ShardOptimizer, most_dropped: int | None = None
+    ) -> NDArray[np.float64]:
         """Phases 2 to 4 of an iteration, but for the end of 4, which is `wait`. Collective.
 
         Args:
             assignment: the same on all ranks; this rank has ended all of its partitions.
             update: this rank's optimizer.
+            most_dropped: how many partitions may have been dropped.
 
         Returns:
-            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
+            float64, (num_partitions, 6): `counters.FIELDS` of every partition.
 
         Raises:
-            NonFiniteLossError, LayoutError: on every rank, before anything was updated.
+            NonFiniteLossError, LayoutError, TooManyDroppedError: on every rank, before anything was updated.
         """
         self.times.start()
-        table = self._collect(assignment)
+        table = self._collect(assignment, most_dropped)
         self.route.wait()  # what is left of the last iteration; nobody computes with it any more
         self.times.lap("allgather")
         weight = float(table[:, fields.WEIGHT].sum())
@@ -201,7 +204,7 @@ class Synchronizer:
         self.world.node_barrier()
         self.route.wait()
 
-    def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
+    def _collect(self, assignment: Assignment, most_dropped: int | None) -> NDArray[np.float64]:
         """Phase 2; returns the counters of all partitions."""
         local_sum_s = self.route.collect(assignment)
         table = self.counters.table[: assignment.num_partitions].copy()
@@ -210,6 +213,7 @@ class Synchronizer:
         self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
         with self._nothing_updated():
             _check_table(table)
+            _check_dropped(table, most_dropped)
         return table
 
     @contextlib.contextmanager
@@ -343,6 +347,12 @@ def _shards(world: World, size: int, reduction: str) -> Shards:
 
 def _blocks_of(run: Piece) -> range:
     return range(run[0] // kernels.BLOCK_SIZE, -(-run[1] // kernels.BLOCK_SIZE))
+
+
+def _check_dropped(table: NDArray[np.float64], most: int | None) -> None:
+    dropped = int(np.count_nonzero(table[:, fields.FLAGS].astype(int) & fields.DROPPED))
+    if most is not None and dropped > most:
+        raise TooManyDroppedError(f"{dropped} of {len(table)} partitions were dropped; at most {most} may be")
 
 
 def _check_table(table: NDArray[np.float64]) -> None:

@@ -3,6 +3,7 @@
 from mpidl.scheduling.balance import Balancer, Move, best_counts
 from mpidl.scheduling.channel import PlanChannel
 from mpidl.scheduling.coordinator import Coordinator
+from mpidl.scheduling.dropping import DropBudget, most_dropped
 from mpidl.scheduling.evaluation import Metric, evaluate
 from mpidl.scheduling.executor import REPORT_FIELDS, Executor
 from mpidl.scheduling.forward import LossFunction
@@ -22,6 +23,7 @@ __all__ = [
     "Balancer",
     "Coordinator",
     "Course",
+    "DropBudget",
     "Executor",
     "Group",
     "GroupPlan",
@@ -49,6 +51,7 @@ __all__ = [
     "end_time_of_job",
     "evaluate",
     "last_partitions",
+    "most_dropped",
     "named_schedule",
     "num_iterations",
     "read_recording",

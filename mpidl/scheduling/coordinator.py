@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.parameters import Assignment
+from mpidl.parameters.counters import STARTED
 from mpidl.scheduling.balance import Balancer, Move
+from mpidl.scheduling.dropping import DropBudget
 from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates
 from mpidl.scheduling.partitions import batch_span
@@ -32,6 +34,7 @@ class Coordinator:
         group_size: iterations of a group.
         learning_rates: of every iteration.
         balancer: moves partitions; None: they stay.
+        drop_budget: of an iteration; None: nothing is dropped.
         first_iteration: where a resumed run begins; else 0.
     """
 
@@ -45,6 +48,7 @@ class Coordinator:
         group_size: GroupSize,
         learning_rates: LearningRates,
         balancer: Balancer | None = None,
+        drop_budget: DropBudget | None = None,
         first_iteration: int = 0,
     ) -> None:
         self.group_size = group_size
@@ -52,6 +56,7 @@ class Coordinator:
         self._batch_size = batch_size
         self._assignment = assignment
         self._balancer = balancer
+        self._drop_budget = drop_budget
         self._first_moved = 0
         """The first plan with the balancer's assignment."""
         self._triggers = triggers
@@ -75,6 +80,7 @@ class Coordinator:
             spans=tuple(spans),
             learning_rates=tuple(self._learning_rates.at(i) for i in range(first, stop)),
             actions=self._foreseen_after(stop),
+            budget_s=0.0 if self._drop_budget is None else self._drop_budget.value,
         )
         self._next_iteration, self._next_index = stop, self._next_index + 1
         return plan
@@ -96,6 +102,11 @@ class Coordinator:
     def observe(self, plan: GroupPlan, seconds: float) -> None:
         """Learn from the report of a group."""
         self.group_size.observe(plan.num_iterations, seconds)
+
+    def note(self, table: NDArray[np.float64]) -> None:
+        """Learn from an iteration: float64, (partitions, 6), `counters.FIELDS` of every partition."""
+        if self._drop_budget is not None and self._drop_budget.value == 0:
+            self._drop_budget.observe(table[:, STARTED])
 
     def balance(self, plan: GroupPlan, paces: NDArray[np.float64], seconds: Mapping[str, float]) -> Move | None:
         """Learn how fast the ranks were in a group, and decide who computes what from the plan on that is made next.

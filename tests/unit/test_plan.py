@@ -37,6 +37,7 @@ def plans(draw: Any, max_iterations: int = 6, max_ranks: int = 6, max_groups: in
         spans=tuple(spans),
         learning_rates=tuple(draw(rates) for _ in spans),
         actions=draw(st.sampled_from([Action(value) for value in range(64)])),
+        budget_s=draw(st.floats(0, allow_nan=False)),
     )
 
 
