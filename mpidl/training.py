@@ -115,6 +115,8 @@ class Training:
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
         self._plan_log: PlanLog | None = None
+        self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
+        """Of all groups, the mean over ranks: REPORT_FIELDS, and the whole."""
         self._group_sums = np.zeros(3)
         self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
@@ -279,6 +281,7 @@ class Training:
         if self._coordinator is None or times is None:
             return
         self._coordinator.observe(plan, seconds)
+        self._phase_seconds += [*times.mean(axis=0), seconds]
         busy = times[:, :2].sum(axis=1)
         self._record(
             "group",
@@ -442,6 +445,7 @@ class Training:
             iterations=done,
             epochs=done // self._triggers.iterations_per_epoch,
             **{"seconds": time.perf_counter() - self._began, **found},
+            phases=dict(zip((*REPORT_FIELDS, "total"), self._phase_seconds.tolist(), strict=True)),
             run_dir=_text(self._settings.run_dir),
         )
 

@@ -54,6 +54,20 @@ def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
     return "  ".join(f"{name} {measure(name, fields[name])}" for name in names if name in fields)
 
 
+def phases(seconds: Mapping[str, float]) -> str:
+    """`compute 81 %, waiting for data 0.4 %, ...`: the shares of the iterations' time.
+
+    Args:
+        seconds: by phase; "load" is waiting for data, "total" all of it.
+    """
+    total = seconds["total"]
+    named = {("waiting for data" if name == "load" else name.replace("_", " ")): s for name, s in seconds.items()}
+    others = total - sum(s for name, s in seconds.items() if name != "total")
+    shares = sorted(({**named, "other": others}).items(), key=lambda item: -item[1])
+    told = [(name, 100 * s / total) for name, s in shares if name != "total" and (s > 0 or name == "waiting for data")]
+    return ", ".join(f"{name} {share:.0f} %" if share >= 10 else f"{name} {share:.2g} %" for name, share in told)
+
+
 def of_start(fields: Fields) -> list[tuple[str, str]]:
     """The rows of the first table: what was derived from the configuration and the machine.
 
@@ -98,6 +112,8 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     rows.append(("done", f"{_number(fields['epochs'], 'epoch')}, {_number(fields['iterations'], 'iteration')}"))
     if fields.get("samples_per_s"):
         rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
+    if fields.get("phases", {}).get("total"):
+        rows.append(("iterations' time", phases(fields["phases"])))
     if fields.get("loss") is not None:
         rows.append(("training loss", measure("loss", fields["loss"])))
     validation = fields.get("validation") or {}

@@ -204,3 +204,10 @@ def test_a_failed_run_shows_its_message_and_a_resumed_one_where_it_began() -> No
     )
     assert failed["message"] == "loss is nan"
     assert dict(tables.of_start({**START, "first_iteration": 23}))["resumed"] == "after iteration 23 of 69"
+
+
+def test_the_end_tells_the_shares_of_the_iterations_time_largest_first() -> None:
+    found = dict(
+        tables.of_end({**END, "phases": {"load": 0.05, "compute": 8.0, "wait": 1.0, "update": 0.0, "total": 10.0}})
+    )
+    assert found["iterations' time"] == "compute 80 %, wait 10 %, other 9.5 %, waiting for data 0.5 %"
