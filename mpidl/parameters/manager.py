@@ -446,7 +446,7 @@ class ParameterManager:
         return self._sync.times.take()
 
     def memory_bytes(self) -> dict[str, int]:
-        """What this rank's part of the work takes, by what it is for."""
+        """What this rank's part of the work takes, by what it is for; message buffers as far as any were needed yet."""
         return {
             "weights (one copy a node)": self.weights.nbytes,
             "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),

@@ -84,9 +84,9 @@ class Job:
         self.local_sum_s += time.perf_counter() - begin
 
     @contextlib.contextmanager
-    def rooms(self, number: int) -> Iterator[list[list[Float32Array]]]:
-        """So many rooms for values, as the wire wants them, for each thread of the team."""
-        num_threads, size = self.team.num_threads, self.wire.max_size or 0
+    def rooms(self, number: int, sizes: Sequence[int]) -> Iterator[list[list[Float32Array]]]:
+        """So many rooms for values, as the wire wants them for pieces of these sizes, for each thread of the team."""
+        num_threads, size = self.team.num_threads, min(self.wire.max_size or 0, max(sizes, default=0))
         with self.scratch.borrow(num_threads * number * size, np.float32) as room:
             yield [list(each) for each in room.reshape(num_threads, number, size)]
 
@@ -195,7 +195,7 @@ def _pack_row(job: Job, bucket: Bucket, shard: int, addends: Addends, words: Any
         room = rooms[thread][0][: stop - start]
         job.wire.add_rows(addresses[index] + 4 * start, addends.steps, own_words, room, own_residual)
 
-    with job.rooms(1) as rooms:
+    with job.rooms(1, sizes) as rooms:
         job.team.run(sizes, pack, job.wire.max_size)
 
 
@@ -224,7 +224,7 @@ def _add_received(job: Job, bucket: Bucket, counters: Counters | None, incoming:
             addresses.append(values.ctypes.data)
         kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own][start:stop])
 
-    with job.rooms(len(rows)) as rooms:
+    with job.rooms(len(rows), sizes) as rooms:
         job.team.run(sizes, add, job.wire.max_size)
 
 

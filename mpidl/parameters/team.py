@@ -72,13 +72,14 @@ class Helpers:
         self.number = number
         self._asked: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
 
     def ask(self, task: _Task, number: int) -> None:
         """Let so many of them help."""
-        while len(self._threads) < self.number:
-            thread = len(self._threads) + 1
-            self._threads.append(threading.Thread(target=self._run, args=(thread,), name="mpidl-kernels", daemon=True))
-            self._threads[-1].start()
+        with self._starting:
+            for i in range(len(self._threads) + 1, self.number + 1):
+                self._threads.append(threading.Thread(target=self._run, args=(i,), name="mpidl-kernels", daemon=True))
+                self._threads[-1].start()
         for _ in range(number):
             self._asked.put(task)
 
