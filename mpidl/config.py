@@ -38,7 +38,10 @@ LAYER_WISE = ("lars", "lamb")
 # Ranks may differ in these without the run's numbers depending on it.
 _LOCAL_FIELDS = ("data_dir", "run_dir", "loader_workers")
 
-_TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", dict: "a table such as {key = 0.9}"}
+_TYPE_NAMES = {
+    str: "a string", int: "an integer", float: "a number", bool: "true or false",
+    dict: "a table such as {key = 0.9}",
+}  # fmt: skip
 
 
 def described(
@@ -109,6 +112,9 @@ class Config:
     )
     wire: Literal["float32", "bfloat16"] = setting(
         "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"
+    )
+    error_feedback: bool = setting(
+        False, "with wire bfloat16: what rounding takes from a gradient is kept and added to the next one"
     )
     bucket_mb: float | Literal["auto"] = setting(
         "auto", "MiB of gradients that travel together between nodes; auto: what is fastest in the first iterations",
@@ -354,6 +360,6 @@ def _parse(name: str, text: str) -> object:
     _, types, words = _fields()[name]
     if text in words or str in types or not types:
         return text
-    if dict in types:
+    if dict in types or bool in types:
         return tomllib.loads(f"value = {text}")["value"]
     return (int if int in types else float)(text)

@@ -80,6 +80,7 @@ def build_trainer(
         seed=config.seed,
         reduction=config.reduction,
         wire=config.wire,
+        error_feedback=config.error_feedback,
         bucket_mb=None if config.bucket_mb == "auto" else config.bucket_mb,
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,

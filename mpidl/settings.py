@@ -34,6 +34,7 @@ class Settings:
     seed: int
     reduction: str
     wire: str
+    error_feedback: bool
     bucket_mb: float | None
     clip_norm: float | None
     clip_value: float | None

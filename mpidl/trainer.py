@@ -41,6 +41,7 @@ class Trainer:
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
+        error_feedback: with "bfloat16": what rounding takes from a gradient is kept and added to the next one.
         bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.
@@ -73,6 +74,7 @@ class Trainer:
         seed: int = 0,
         reduction: str = "ordered",
         wire: str = "float32",
+        error_feedback: bool = False,
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -102,6 +104,7 @@ class Trainer:
             seed=seed,
             reduction=reduction,
             wire=wire,
+            error_feedback=error_feedback,
             bucket_mb=bucket_mb,
             clip_norm=clip_norm,
             clip_value=clip_value,
@@ -242,6 +245,7 @@ class Trainer:
                 self._settings.optimizer,
                 reduction=self._settings.reduction,
                 wire=self._settings.wire,
+                error_feedback=self._settings.error_feedback,
                 bucket_mb=self._settings.bucket_mb,
                 clip_norm=self._settings.clip_norm,
                 clip_value=self._settings.clip_value,

@@ -33,7 +33,7 @@ def add_benches(bench: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
         parser.add_argument(
             "--wire-gbit", type=_positive(float), metavar="GBIT", help="a node's link (default: measured)"
         )
-    kernels = kinds.add_parser("kernels", help="sums of rows on one rank", allow_abbrev=False)
+    kernels = kinds.add_parser("kernels", help="sums and conversions on one rank", allow_abbrev=False)
     kernels.add_argument("--millions", type=_positive(float), default=25.0, help="million elements (default: 25)")
     for parser, repeats in ((sync, 15), (step, 8), (kernels, 15)):
         _add_common(parser, repeats)

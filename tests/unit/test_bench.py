@@ -15,6 +15,7 @@ import pytest
 from mpidl import cli
 from mpidl.bench import cases, kernels, limits, picture, report
 from mpidl.errors import ConfigError, DisagreementError
+from mpidl.parameters import Team
 
 
 def world_of(*node_sizes: int) -> Any:
@@ -107,8 +108,8 @@ def test_between_nodes_each_owns_its_part_of_the_state() -> None:
     assert limits.wire_bytes(world_of(1, 1, 1, 1), 100) == 2 * 4 * 75
 
 
-def wrong_sum(rows: Sequence[kernels.Float32Array], out: kernels.Float32Array) -> Callable[[], None]:
-    right = kernels.numpy_sum(rows, out)
+def wrong_sum(team: Team, rows: Sequence[kernels.Float32Array], out: kernels.Float32Array) -> Callable[[], object]:
+    right = kernels.numpy_sum(team, rows, out)
 
     def run() -> None:
         right()
@@ -118,10 +119,26 @@ def wrong_sum(rows: Sequence[kernels.Float32Array], out: kernels.Float32Array) -
 
 
 def test_sums_are_compared_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.check()
+    kernels.check(Team())
     monkeypatch.setitem(kernels.WAYS, "numpy", wrong_sum)
     with pytest.raises(DisagreementError, match=r"numpy's sum of 2 rows is 0\.001 from float64's"):
-        kernels.check()
+        kernels.check(Team())
+
+
+def test_conversions_are_compared_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def truncate(team: Team, values: kernels.Float32Array, words: kernels.WordArray) -> Callable[[], object]:
+        return lambda: np.copyto(words, values.view(np.uint32) >> 16, casting="unsafe")
+
+    def forget(team: Team, words: kernels.WordArray, values: kernels.Float32Array) -> Callable[[], object]:
+        return lambda: None
+
+    with monkeypatch.context() as patched:
+        patched.setitem(kernels.ROUNDINGS, "numpy", truncate)
+        with pytest.raises(DisagreementError, match=r"numpy's bfloat16 is (0\.99\d|1) digits from float64's"):
+            kernels.check(Team())
+    monkeypatch.setitem(kernels.WIDENINGS, "torch", forget)
+    with pytest.raises(DisagreementError, match="torch's float32 of bfloat16 words is not what they hold"):
+        kernels.check(Team())
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
