@@ -27,6 +27,7 @@ from mpidl.runtime import World, init, on_all_ranks
 from mpidl.scheduling import (
     REPORT_FIELDS,
     Action,
+    Coordination,
     Coordinator,
     Executor,
     GroupPlan,
@@ -85,7 +86,8 @@ class Training:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        group_size = GroupSize(settings.group_size)
+        self._coordination = Coordination()
+        group_size = GroupSize(settings.group_size, settings.max_group_seconds)
         self._coordinator: Coordinator | None = None
         with world.agreed("making the learning-rate schedule"):
             if world.rank == 0:
@@ -132,7 +134,7 @@ class Training:
         if not self._settings.model.training:
             self._settings.model.train()
         if self._first_iteration < self._triggers.total_iterations:
-            self._channel.start()
+            self._send()
             following = self._run_group(self._receive())
             while following is not None:
                 following = self._run_group(following)
@@ -144,7 +146,7 @@ class Training:
         following = None
         is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
         if is_sent_ahead:
-            self._channel.start()
+            self._send()
         began = time.perf_counter()
         sums = np.zeros(3)
         for index in range(plan.num_iterations):
@@ -157,26 +159,35 @@ class Training:
             sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
             if index == 0 and is_sent_ahead:
                 following = self._receive()
-        self._report(plan, sums, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        with self._coordination.timed():
+            self._report(plan, sums, seconds)
         self._act(plan)
         if plan.actions & Action.WAIT:
-            self._channel.start()
+            self._send()
             following = self._receive()
         return following
 
+    def _send(self) -> None:
+        """Start the broadcast of a plan."""
+        with self._coordination.timed():
+            self._channel.start()
+
     def _receive(self) -> GroupPlan:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
-        plan = self._channel.receive()
+        with self._coordination.timed():
+            plan = self._channel.receive()
         self._executor.request(plan)
         return plan
 
     def _report(self, plan: GroupPlan, sums: NDArray[np.float64], seconds: float) -> None:
         """The group's one gather: times of all ranks to the coordinator."""
         self._epoch += sums
-        times = self._world.gather(self._executor.take_seconds())
+        times = self._world.for_purpose("report").gather(self._executor.take_seconds())
+        coordination_s = self._coordination.end_group(plan.num_iterations, seconds)
         if self._coordinator is None or times is None:
             return
-        self._coordinator.observe(plan, seconds)
+        self._coordinator.observe(plan, seconds, coordination_s)
         busy = times[:, :2].sum(axis=1)
         self._record(
             "group",
@@ -189,6 +200,8 @@ class Training:
             seconds=seconds,
             samples_per_s=sums[2] / seconds,
             group_size=plan.num_iterations,
+            coordination_s=coordination_s,
+            coordination_share=self._coordinator.group_size.share,
             bucket_bytes=self._manager.bucket_bytes,
             phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
@@ -264,7 +277,7 @@ class Training:
             return 0
         progress = checkpoint.load(self._manager, path)
         threads = progress["threads_per_rank"]
-        self._world = init(threads)
+        self._world = init(threads).for_purpose("setup")
         for name, value in self._identity().items():
             if progress[name] != value:
                 raise on_all_ranks(
@@ -302,6 +315,7 @@ class Training:
         self._record(
             "end",
             **describe_end(self._history, self._triggers, seconds),
+            **self._coordination.describe(),
             weights=_text(weights),
             run_dir=_text(run_dir),
         )
