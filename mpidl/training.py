@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Training:
         *,
         epochs: int,
         resume: bool,
+        make_executor: Callable[..., Executor] = Executor,
     ) -> None:
         self._settings = settings
         self._world = world
@@ -78,7 +80,7 @@ class Training:
         self._last_checkpoint: pathlib.Path | None = None
         self._first_iteration = self._resume() if resume else 0
         self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
-        self._executor = Executor(
+        self._executor = make_executor(
             manager,
             settings.model,
             settings.loss_fn,
