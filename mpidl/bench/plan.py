@@ -36,7 +36,7 @@ _NUM_GROUPS, _NUM_TASKS = 20, 2048
 _NUM_GROUPS_OF_WAITS, _ITERATIONS_OF_WAITS = 2, 3
 MODEL = "model"
 """The case of rows that were not measured."""
-_NEEDED = {"case", "way", "ranks", "seconds", "bytes", "group_size", "partitions", "ranks_per_core", "entries", "share"}
+_NEEDED = {"case", "way", "ranks", "seconds", "bytes", "group_size", "partitions", "ranks_per_core", "entries"}
 
 Way = Groups | Central | Messages | Entries
 
@@ -66,46 +66,54 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
         partitions = _at_least(world.size, parsed.partition_counts)
         if world.rank == 0:
             earlier = [row for file in parsed.with_files for row in read_rows(Path(file))]
-    joined = world.broadcast_object(earlier)
+    joined = [_shared(row, parsed) for row in world.broadcast_object(earlier)]
+    at = compared(parsed.group_sizes, partitions)
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) if world.rank == 0 else None
         trainers = [ControlOnly(world, number, events) for number in partitions]
-        ways = [Taken(way) for way in _make_ways(world, parsed, trainers)]
+        ways = [Taken(way) for way in _make_ways(world, parsed, trainers, at)]
         time_in_turn(world, {str(index): way for index, way in enumerate(ways)}, parsed.repeats)
         for trainer in trainers:
             trainer.close()
     rows = _rows(world, parsed, ways)
     joined = sorted([*joined, *rows], key=lambda row: (row["ranks"], row["partitions"] or 0, row["group_size"] or 0))
     models = Models.of(joined)
-    said = [] if models is None else _predictions(models, parsed)
+    said = [] if models is None else [_shared(row, parsed) for row in predictions(models, at[0])]
     return Report(
         [*rows, *said],
-        plan_tables.tables(joined, said, compared(parsed)),
+        plan_tables.tables(joined, said, at),
         plan_tables.notes(parsed, models),
-        draw=functools.partial(curves.draw, joined=joined, compared=compared(parsed)),
+        draw=functools.partial(curves.draw, joined=joined, compared=at),
     )
 
 
-def compared(parsed: argparse.Namespace) -> tuple[int, int]:
+def _shared(row: Row, parsed: argparse.Namespace) -> Row:
+    """A row with its share of the iteration that this run is asked about."""
+    return row | {"share": 1e3 * row["seconds"] / parsed.iteration_ms, "iteration_seconds": parsed.iteration_ms / 1e3}
+
+
+def compared(group_sizes: Sequence[int], partitions: Sequence[int]) -> tuple[int, int]:
     """The group size and the number of partitions at which the others are varied: the usual ones, else the largest."""
-    usual = ((parsed.group_sizes, GROUP_SIZE), (parsed.partition_counts, PARTITIONS))
-    group_size, partitions = (number if number in given else max(given) for given, number in usual)
-    return group_size, partitions
+    usual = ((group_sizes, GROUP_SIZE), (partitions, PARTITIONS))
+    first, second = (number if number in given else max(given) for given, number in usual)
+    return first, second
 
 
 def _at_least(num_ranks: int, partitions: Sequence[int]) -> list[int]:
     """Those numbers of partitions of which every rank gets one."""
     fitting = [number for number in partitions if number >= num_ranks]
-    if not fitting or max(partitions) != max(fitting):
+    if not fitting:
         raise ConfigError(f"{num_ranks} ranks but at most {max(partitions)} partitions; give --partitions more")
     return fitting
 
 
-def _make_ways(world: World, parsed: argparse.Namespace, trainers: Sequence[ControlOnly]) -> Iterator[Way]:
+def _make_ways(
+    world: World, parsed: argparse.Namespace, trainers: Sequence[ControlOnly], at: tuple[int, int]
+) -> Iterator[Way]:
     """Those of mpidl at every group size and at every number of partitions, the other one, and pieces for the model."""
     wait_s = parsed.iteration_ms / 1e3 if parsed.waits else 0.0
     num_groups = _NUM_GROUPS_OF_WAITS if parsed.waits else _NUM_GROUPS
-    group_size, partitions = compared(parsed)
+    group_size, partitions = at
     for trainer in trainers:
         for size in parsed.group_sizes:
             if size == group_size or trainer.partitions == partitions:
@@ -126,15 +134,12 @@ def _rows(world: World, parsed: argparse.Namespace, ways: Sequence[Taken]) -> li
     rows = []
     for way, size, (wall, waits) in zip([w.way for w in ways], num_bytes, slowest.transpose(0, 2, 1), strict=True):
         seconds, spread = quartiles((wall - waits) / way.iterations)
-        rows.append(
-            row(
-                world, way.case, way.name, seconds=seconds, spread=spread, bytes=float(size),
-                partitions=way.partitions, group_size=way.group_size, calls_per_group=way.calls_per_group,
-                ranks_per_core=crowd, waits=parsed.waits,
-                entries=way.num_ranks if isinstance(way, Entries) else None,
-                iteration_seconds=parsed.iteration_ms / 1e3, share=1e3 * seconds / parsed.iteration_ms,
-            )
+        made = row(
+            world, way.case, way.name, seconds=seconds, spread=spread, bytes=float(size), partitions=way.partitions,
+            group_size=way.group_size, calls_per_group=way.calls_per_group, ranks_per_core=crowd, waits=parsed.waits,
+            entries=way.num_ranks if isinstance(way, Entries) else None,
         )  # fmt: skip
+        rows.append(_shared(made, parsed))
     return rows
 
 
@@ -144,9 +149,8 @@ def _ranks_per_core(world: World) -> float:
     return float(world.allreduce(np.array([max(1.0, world.local_size / len(cores))]), "max")[0])
 
 
-def _predictions(models: Models, parsed: argparse.Namespace) -> list[Row]:
-    """What the models say of large jobs, at the group size that is compared."""
-    group_size, _ = compared(parsed)
+def predictions(models: Models, group_size: int) -> list[Row]:
+    """What the models say of large jobs."""
     rows: list[Row] = []
     for ranks in LARGE_JOBS:
         of_plans = models.group.seconds(cost_model.terms_of_group(ranks, group_size)) / group_size
@@ -154,7 +158,7 @@ def _predictions(models: Models, parsed: argparse.Namespace) -> list[Row]:
         for way, seconds, size in (("mpidl", of_plans, group_size), ("central", of_tasks, None)):
             empty = dict.fromkeys(("nodes", "spread", "limit_seconds", "bytes"))
             found = {"case": MODEL, "way": way, "ranks": ranks, "partitions": ranks, "seconds": seconds}
-            rows.append(empty | found | {"group_size": size, "share": 1e3 * seconds / parsed.iteration_ms})
+            rows.append(empty | found | {"group_size": size})
     return rows
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from mpidl import cli
 from mpidl.bench import cases, cost_model, curves, kernels, limits, picture, plan, plan_tables, report
+from mpidl.bench.control import Groups
 from mpidl.errors import ConfigError, DisagreementError
 
 
@@ -259,11 +260,24 @@ def test_shares_have_two_digits(share: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "compared"),
-    [([], (50, 256)), (["--group-sizes", "3,200,7"], (200, 256)), (["--partitions", "8,16"], (50, 16))],
+    ("group_sizes", "partitions", "compared"),
+    [([1, 50, 99], [4, 256, 512], (50, 256)), ([3, 200, 7], [256], (200, 256)), ([50], [8, 16], (50, 16))],
 )
-def test_both_are_compared_at_the_usual_sizes_or_at_the_largest(flags: list[str], compared: tuple[int, int]) -> None:
-    assert plan.compared(cli.parse(["bench", "plan", *flags])) == compared
+def test_both_are_compared_at_the_usual_sizes_or_at_the_largest(
+    group_sizes: list[int], partitions: list[int], compared: tuple[int, int]
+) -> None:
+    assert plan.compared(group_sizes, partitions) == compared
+
+
+def test_large_jobs_are_told_for_both_with_a_partition_a_rank() -> None:
+    said = plan.predictions(cost_model.Models(GROUP, TASKS), 50)
+    assert [(r["ranks"], r["partitions"], r["way"]) for r in said] == [
+        (ranks, ranks, way) for ranks in (1_000, 10_000) for way in ("mpidl", "central")
+    ]
+    assert said[2]["seconds"] == pytest.approx(
+        (2e-4 + 50 * 4e-6 + 3e-5 * np.log2(10_000) + 1e-3 + 5e-10 * Groups.bytes_of(50, 10_000)) / 50
+    )
+    assert said[3]["seconds"] == pytest.approx(5e-5 + 10_000 * 2e-5)
 
 
 def test_earlier_figures_are_read_without_what_models_said(tmp_path: Path) -> None:
