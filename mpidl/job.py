@@ -75,6 +75,7 @@ def build_trainer(
         batch_size=config.batch_size,
         partitions=config.partitions,
         group_size=config.group_size,
+        max_group_seconds=config.max_group_seconds,
         schedule=parts.schedule,
         param_groups=find_param_groups(config, parts.model),
         seed=config.seed,

@@ -29,6 +29,7 @@ class Settings:
     batch_size: int
     partitions: int
     group_size: int | str
+    max_group_seconds: float
     schedule: ScheduleFactory | None
     param_groups: list[dict[str, Any]] | None
     seed: int
@@ -89,6 +90,8 @@ class Settings:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None")
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+        if not self.max_group_seconds > 0:
+            raise ConfigError(f"max_group_seconds is {self.max_group_seconds}; it must be above 0")
 
     def check_lockstep(self, world: World, num_samples: int) -> None:
         """Raise ConfigError where a model whose forward is a collective would not run once on every rank."""

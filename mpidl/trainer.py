@@ -33,7 +33,8 @@ class Trainer:
         optimizer: callable from parameters to an element-wise `torch.optim.Optimizer`, `mpidl.Lars` or `mpidl.Lamb`.
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
-        group_size: iterations planned by one broadcast, or "auto".
+        group_size: iterations planned by one broadcast; "auto": so many that plans and reports take 1 to 5 % of time.
+        max_group_seconds: the longest time that "auto" lets a group take, about: signals wait for a group's end.
         schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration; a
             ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
             `mpidl.scheduling.Plateau`).
@@ -69,6 +70,7 @@ class Trainer:
         batch_size: int,
         partitions: int = 8,
         group_size: int | str = "auto",
+        max_group_seconds: float = 2.0,
         schedule: ScheduleFactory | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         seed: int = 0,
@@ -91,7 +93,7 @@ class Trainer:
         telemetry: Telemetry | None = None,
     ) -> None:
         self.model = model
-        self.world = init(threads_per_rank)
+        self.world = init(threads_per_rank).for_purpose("setup")
         self._settings = Settings(
             model=model,
             loss_fn=loss_fn,
@@ -99,6 +101,7 @@ class Trainer:
             batch_size=batch_size,
             partitions=partitions,
             group_size=group_size,
+            max_group_seconds=max_group_seconds,
             schedule=schedule,
             param_groups=None if param_groups is None else [dict(group) for group in param_groups],
             seed=seed,

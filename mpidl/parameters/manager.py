@@ -94,7 +94,7 @@ class ParameterManager:
         world: World | None = None,
         assignment: Assignment | None = None,
     ) -> None:
-        self.world = init() if world is None else world
+        self.world = (init() if world is None else world).for_purpose("exchange")
         if reduction in BASELINES:
             self.world = self.world.without_shared_memory()
         self.model = model

@@ -1,6 +1,7 @@
 """Group plans: the coordinator makes them, every rank's executor runs them alone."""
 
 from mpidl.scheduling.channel import PlanChannel
+from mpidl.scheduling.coordination import Coordination
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.evaluation import Metric, evaluate
 from mpidl.scheduling.executor import REPORT_FIELDS, Executor
@@ -18,6 +19,7 @@ __all__ = [
     "REPORT_FIELDS",
     "STOP_FILE",
     "Action",
+    "Coordination",
     "Coordinator",
     "Course",
     "Executor",

@@ -82,6 +82,6 @@ class Coordinator:
         if self._learning_rates.metric is not None:
             self._learning_rates.observe(completed, result)
 
-    def observe(self, plan: GroupPlan, seconds: float) -> None:
-        """Learn from the report of a group."""
-        self.group_size.observe(plan.num_iterations, seconds)
+    def observe(self, plan: GroupPlan, seconds: float, coordination_s: float) -> None:
+        """Learn from the report of a group: what its iterations took, and what plans and reports took meanwhile."""
+        self.group_size.observe(plan.num_iterations, seconds, coordination_s)

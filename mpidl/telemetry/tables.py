@@ -114,6 +114,8 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
         rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
     if fields.get("phases", {}).get("total"):
         rows.append(("iterations' time", phases(fields["phases"])))
+    if fields.get("groups"):
+        rows.append(("coordination", _coordination(fields)))
     if fields.get("loss") is not None:
         rows.append(("training loss", measure("loss", fields["loss"])))
     validation = fields.get("validation") or {}
@@ -185,6 +187,14 @@ def _owners(ranges: Sequence[Sequence[int]]) -> str:
     if len(texts) > _RANKS_SHOWN:
         texts[_RANKS_SHOWN:] = [f"... {texts[-1]}"]
     return ", ".join(texts)
+
+
+def _coordination(fields: Fields) -> str:
+    """`0.42 % of the time; 21 groups of 1 to 23 iterations`."""
+    smallest, largest = fields["group_sizes"]
+    sizes = str(largest) if smallest == largest else f"{smallest} to {largest}"
+    groups = f"{_number(fields['groups'], 'group')} of {sizes} iteration{'' if largest == 1 else 's'}"
+    return f"{100 * fields['coordination_share']:.2g} % of the time; {groups}"
 
 
 def _software(fields: Fields) -> str:
