@@ -89,6 +89,7 @@ bench: setup  ## Measure mpidl beside its peers on BENCH_RANKS=2 ranks, in small
 	$(MPIRUN) -n 1 $(BIN)/mpidl bench kernels --millions 10 --repeats 7 $(ARGS)
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench sync --repeats 7 $(ARGS)
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench step --batch 16 --iterations 2 --repeats 5 $(ARGS)
+	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench plan --repeats 3 $(ARGS)
 
 check: setup  ## Lint, format, types, layers, spelling.
 	$(BIN)/ruff check

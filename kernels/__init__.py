@@ -5,7 +5,7 @@ Ships as `mpidl.kernels`; nothing else imports Numba.
 
 from mpidl.kernels.norms import segment_squares
 from mpidl.kernels.summation import BLOCK_SIZE, MAX_OPERANDS, add_rows, divide, mean_rows
-from mpidl.kernels.wire import from_bfloat16, to_bfloat16
+from mpidl.kernels.wire import from_bfloat16, to_bfloat16, to_bfloat16_with_feedback
 
 __all__ = [
     "BLOCK_SIZE",
@@ -16,4 +16,5 @@ __all__ = [
     "mean_rows",
     "segment_squares",
     "to_bfloat16",
+    "to_bfloat16_with_feedback",
 ]

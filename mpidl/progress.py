@@ -94,7 +94,7 @@ class Checkpoints:
         if path is None:
             return None
         kept = checkpoint.load(self._manager, path)
-        self._world = init(kept["threads_per_rank"])
+        self._world = init(kept["threads_per_rank"]).for_purpose("checkpoint")
         for name, value in self._identity().items():
             if kept[name] != value:
                 raise on_all_ranks(

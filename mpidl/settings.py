@@ -38,6 +38,7 @@ class Settings:
     batch_size: int
     partitions: int
     group_size: int | str
+    max_group_seconds: float
     schedule: ScheduleFactory | None
     param_groups: list[dict[str, Any]] | None
     seed: int
@@ -47,6 +48,7 @@ class Settings:
     drop_share: float
     drop_budget_s: float | None
     drop_warmup: int
+    error_feedback: bool
     bucket_mb: float | None
     clip_norm: float | None
     clip_value: float | None
@@ -103,6 +105,8 @@ class Settings:
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
         if self.balance not in (True, False, "auto"):
             raise ConfigError(f'balance is {self.balance!r}; it must be True, False or "auto"')
+        if not self.max_group_seconds > 0:
+            raise ConfigError(f"max_group_seconds is {self.max_group_seconds}; it must be above 0")
         self._check_dropping()
 
     def _check_dropping(self) -> None:

@@ -111,7 +111,7 @@ class _Normalise(torch.autograd.Function):
         grad_sum, product_sum = grad.sum(dims, dtype=mean.dtype), (grad * deviation).sum(dims)
         grad_input = None
         if ctx.needs_input_grad[0]:  # alike on all ranks, whose models are the same
-            everyones = init().allgather(torch.stack([grad_sum, product_sum]).double().numpy())
+            everyones = init().for_purpose("batchnorm").allgather(torch.stack([grad_sum, product_sum]).double().numpy())
             grad_mean, product_mean = torch.from_numpy(everyones.sum(axis=0) / max(ctx.total, 1)).to(mean.dtype)
             slope = -product_mean * inverse.square()
             scale = inverse if weight is None else inverse * weight
@@ -139,7 +139,7 @@ def _statistics(input: Tensor) -> tuple[int, Tensor, Tensor]:
         Values per channel; float64, (channels,); float64, (channels,).
     """
     count, mean, squares = _local_statistics(input)
-    everyones = init().allgather(np.concatenate([[count], mean.numpy(), squares.numpy()]))
+    everyones = init().for_purpose("batchnorm").allgather(np.concatenate([[count], mean.numpy(), squares.numpy()]))
     counts, means, all_squares = everyones[:, :1], *np.split(everyones[:, 1:], 2, axis=1)
     total = int(counts.sum())
     whole_mean = (counts * means).sum(axis=0) / max(total, 1)

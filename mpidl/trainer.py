@@ -33,7 +33,8 @@ class Trainer:
         optimizer: callable from parameters to an element-wise `torch.optim.Optimizer`, `mpidl.Lars` or `mpidl.Lamb`.
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
-        group_size: iterations planned by one broadcast, or "auto".
+        group_size: iterations planned by one broadcast; "auto": so many that plans and reports take 1 to 5 % of time.
+        max_group_seconds: the longest time that "auto" lets a group take, about: signals wait for a group's end.
         schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration; a
             ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
             `mpidl.scheduling.Plateau`).
@@ -47,6 +48,7 @@ class Trainer:
             in which more would be is repeated. 0: nothing is dropped. It changes the numbers.
         drop_budget_s: seconds of an iteration after which a rank drops what it has not started; None: learned.
         drop_warmup: iterations to learn it from.
+        error_feedback: with "bfloat16": what rounding takes from a gradient is kept and added to the next one.
         bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
         clip_value: bound of each of its elements' magnitude; None: none.
@@ -74,6 +76,7 @@ class Trainer:
         batch_size: int,
         partitions: int = 8,
         group_size: int | str = "auto",
+        max_group_seconds: float = 2.0,
         schedule: ScheduleFactory | None = None,
         param_groups: Iterable[Mapping[str, Any]] | None = None,
         seed: int = 0,
@@ -83,6 +86,7 @@ class Trainer:
         drop_share: float = 0.0,
         drop_budget_s: float | None = None,
         drop_warmup: int = 50,
+        error_feedback: bool = False,
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -99,7 +103,7 @@ class Trainer:
         telemetry: Telemetry | None = None,
     ) -> None:
         self.model = model
-        self.world = init(threads_per_rank)
+        self.world = init(threads_per_rank).for_purpose("setup")
         self._settings = Settings(
             model=model,
             loss_fn=loss_fn,
@@ -107,6 +111,7 @@ class Trainer:
             batch_size=batch_size,
             partitions=partitions,
             group_size=group_size,
+            max_group_seconds=max_group_seconds,
             schedule=schedule,
             param_groups=None if param_groups is None else [dict(group) for group in param_groups],
             seed=seed,
@@ -116,6 +121,7 @@ class Trainer:
             drop_share=drop_share,
             drop_budget_s=drop_budget_s,
             drop_warmup=drop_warmup,
+            error_feedback=error_feedback,
             bucket_mb=bucket_mb,
             clip_norm=clip_norm,
             clip_value=clip_value,
@@ -256,6 +262,7 @@ class Trainer:
                 self._settings.optimizer,
                 reduction=self._settings.reduction,
                 wire=self._settings.wire,
+                error_feedback=self._settings.error_feedback,
                 bucket_mb=self._settings.bucket_mb,
                 clip_norm=self._settings.clip_norm,
                 clip_value=self._settings.clip_value,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from mpidl.scheduling import (
     STOP_FILE,
     Action,
     Balancer,
+    Coordination,
     Coordinator,
     DropBudget,
     Executor,
@@ -74,7 +76,8 @@ class Training:
         *,
         epochs: int,
         resume: bool,
-        replay: Recording | None,
+        replay: Recording | None = None,
+        make_executor: Callable[..., Executor] = Executor,
     ) -> None:
         self._began = self._epoch_began = time.perf_counter()
         self._settings = settings
@@ -94,7 +97,7 @@ class Training:
         self._first_iteration = self._progress.iteration
         self._stop_requests = self._listen()
         self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
-        self._executor = Executor(
+        self._executor = make_executor(
             manager,
             settings.model,
             settings.loss_fn,
@@ -104,14 +107,15 @@ class Training:
             stop_flags=self._stop_requests.flags,
             drop_share=settings.drop_share,
         )
-        group_size = GroupSize(settings.group_size)
+        self._coordination = Coordination()
+        self._group_size = GroupSize(settings.group_size, settings.max_group_seconds)
         self._coordinator: Coordinator | Replay | None = None
         with world.agreed("making the learning-rate schedule"):
             self._triggers.check(self._measured)
             if world.rank == 0:
-                self._coordinator = Replay(replay) if replay else self._make_coordinator(group_size)
+                self._coordinator = Replay(replay) if replay else self._make_coordinator(self._group_size)
         self._remember_validations()
-        largest = replay.largest_group if replay else group_size.largest
+        largest = replay.largest_group if replay else self._group_size.largest
         size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
@@ -120,6 +124,8 @@ class Training:
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
         self._plan_log: PlanLog | None = None
+        self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
+        """Of all groups, the mean over ranks: REPORT_FIELDS, and the whole."""
         self._group_sums = np.zeros(3)
         self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
@@ -225,7 +231,7 @@ class Training:
         if not self._settings.model.training:
             self._settings.model.train()
         if not self._is_over():
-            self._channel.start()
+            self._send()
             following = self._run_group(self._receive())
             while following is not None:
                 following = self._run_group(following)
@@ -245,13 +251,14 @@ class Training:
         finally:
             acts, self._acts = tuple(self._acts), []
             if self._plan_log is not None:
-                self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts))
+                with self._coordination.timed():
+                    self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts))
 
     def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None
         is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
         if is_sent_ahead:
-            self._channel.start()
+            self._send()
         seconds = 0.0
         for index in range(plan.num_iterations):
             began = time.perf_counter()
@@ -268,13 +275,20 @@ class Training:
                     self._report(plan, index + 1, seconds)
                 return None
         if plan.actions & Action.WAIT:
-            self._channel.start()
+            self._send()
             following = self._receive()
         return following
 
+    def _send(self) -> None:
+        """Start the broadcast of a plan."""
+        with self._coordination.timed():
+            self._channel.start()
+
     def _receive(self) -> GroupPlan:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
-        return self._executor.accept(self._channel.receive())
+        with self._coordination.timed():
+            plan = self._channel.receive()
+        return self._executor.accept(plan)
 
     def _iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
         try:
@@ -293,12 +307,19 @@ class Training:
 
     def _report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
         """The group's one gather: times of all ranks to the coordinator."""
-        report = self._world.gather(np.concatenate([self._executor.take_seconds(), self._executor.take_pace()]))
+        with self._coordination.timed():
+            self._gather_report(plan, num_iterations, seconds)
+
+    def _gather_report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
+        own = np.concatenate([self._executor.take_seconds(), self._executor.take_pace()])
+        report = self._world.for_purpose("report").gather(own)
+        coordination_s = self._coordination.end_group(num_iterations, seconds)
         sums, self._group_sums = self._group_sums, np.zeros(3)
         if self._coordinator is None or report is None:
             return
         times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
-        self._coordinator.observe(plan, seconds)
+        self._coordinator.observe(plan, seconds, coordination_s)
+        self._phase_seconds += [*times.mean(axis=0), seconds]
         busy = times[:, :2].sum(axis=1)
         self._record(
             "group",
@@ -311,6 +332,8 @@ class Training:
             seconds=seconds,
             samples_per_s=sums[2] / seconds,
             group_size=plan.num_iterations,
+            coordination_s=coordination_s,
+            coordination_share=self._group_size.share,
             bucket_bytes=self._manager.bucket_bytes,
             phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
@@ -482,6 +505,8 @@ class Training:
             epochs=done // self._triggers.iterations_per_epoch,
             **{"seconds": time.perf_counter() - self._began, **found},
             **self._drops("end"),
+            **self._coordination.describe(),
+            phases=dict(zip((*REPORT_FIELDS, "total"), self._phase_seconds.tolist(), strict=True)),
             run_dir=_text(self._settings.run_dir),
         )
 

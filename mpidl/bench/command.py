@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json_file:
         report.write_json(Path(parsed.json_file), parsed.bench, report.machine(world), command, found.rows)
     if parsed.picture_file:
-        picture.draw(Path(parsed.picture_file), command, found.rows)
+        draw = found.draw or functools.partial(picture.draw, rows=found.rows)
+        draw(Path(parsed.picture_file), command)
 
 
 def _check_files(parsed: argparse.Namespace) -> None:

@@ -76,6 +76,20 @@ def time_in_turn(
     return {name: _timing(slowest[index], mean_cpu[index]) for index, name in enumerate(names)}
 
 
+def pause(seconds: float) -> float:
+    """Sleep, instead of computing for so long; returns how long it took."""
+    if seconds == 0:
+        return 0.0
+    began = time.perf_counter()
+    time.sleep(seconds)
+    return time.perf_counter() - began
+
+
+def quartiles(values: NDArray[Any]) -> tuple[float, tuple[float, float]]:
+    """The median and the quartiles around it."""
+    low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return median, (low, high)
+
+
 def _timing(wall: NDArray[Any], cpu: NDArray[Any]) -> Timing:
-    low, median, high = (float(value) for value in np.quantile(wall, (0.25, 0.5, 0.75)))
-    return Timing(median, (low, high), float(np.median(cpu)))
+    return Timing(*quartiles(wall), float(np.median(cpu)))

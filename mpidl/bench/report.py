@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Report:
     what the benchmark adds; None where there is no such figure."""
     tables: list[Table]
     notes: list[str]
+    draw: Callable[[Path, str], None] | None = None
+    """Draws the picture; None: the usual one, of bars."""
 
 
 def row(world: World, case: str, way: str, **figures: Any) -> Row:

@@ -76,11 +76,11 @@ def save(manager: ParameterManager, path: pathlib.Path, progress: Mapping[str, A
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     sizes = [file.stat().st_size for file in path.iterdir()] if manager.world.rank == 0 else []
-    return int(manager.world.broadcast_object(sum(sizes)))
+    return int(manager.world.for_purpose("checkpoint").broadcast_object(sum(sizes)))
 
 
 def _save(manager: ParameterManager, temporary: pathlib.Path, path: pathlib.Path, progress: Mapping[str, Any]) -> None:
-    world = manager.world
+    world = manager.world.for_purpose("checkpoint")
     with world.agreed("preparing a checkpoint"):
         if world.rank == 0:
             _attempt(lambda: _make_empty(temporary), temporary)
@@ -200,7 +200,7 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
     Raises:
         CheckpointError: on every rank: damaged, or of another model or optimizer.
     """
-    world = manager.world
+    world = manager.world.for_purpose("checkpoint")
     with world.agreed(f"loading {path}"):
         manifest = read_manifest(path)
         _check_fits(manager, path, manifest)

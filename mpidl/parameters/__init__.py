@@ -4,6 +4,7 @@ from mpidl.parameters.assignment import Addends, Assignment
 from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.manager import ParameterManager
 from mpidl.parameters.synchronizer import STRATEGIES
+from mpidl.parameters.team import Helpers, Team
 from mpidl.parameters.timing import PHASES
 from mpidl.parameters.update import OptimizerFactory
 from mpidl.parameters.wire import WIRES
@@ -15,7 +16,9 @@ __all__ = [
     "Addends",
     "Assignment",
     "FlatLayout",
+    "Helpers",
     "OptimizerFactory",
     "ParameterManager",
     "Shards",
+    "Team",
 ]

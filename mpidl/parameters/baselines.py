@@ -29,6 +29,7 @@ from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
 from mpidl.parameters.layout import Shards, Slice
 from mpidl.parameters.reduction import Job, Lanes, Steps, ordered
 from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.team import Team
 from mpidl.parameters.wire import WIRES
 from mpidl.runtime import World
 
@@ -68,9 +69,9 @@ class Baseline:
         self.changes = changes
 
     @property
-    def gradient_bytes(self) -> int:
+    def exchange_bytes(self) -> dict[str, int]:
         """What the gradient takes in one row and summed."""
-        return self._total.nbytes + self.exchange.sum.nbytes
+        return {"summed gradient": self._total.nbytes + self.exchange.sum.nbytes}
 
     def begin(self, assignment: Assignment) -> bool:
         """Nothing is announced here, so every iteration is new."""
@@ -78,6 +79,9 @@ class Baseline:
 
     def announce(self, index: int) -> None:
         """Nothing is announced here."""
+
+    def forget(self) -> None:
+        """Nothing is rounded here."""
 
     def collect(self, assignment: Assignment) -> float:
         """Bring the sum over all ranks to those that update, and the counters to all. Collective."""
@@ -138,7 +142,7 @@ class Baseline:
             return
         world = self.exchange.world
         plan = row_plan(assignment, world.node_of, world.rank)
-        job = Job(self.changes, assignment, plan, WIRES["float32"], Lanes(world, world), Scratch())
+        job = Job(self.changes, assignment, plan, WIRES["float32"], Lanes(world, world), Scratch(), Team())
         for pending in ordered(job, self.changes.whole(), None):
             pending.wait()
         self.changes.divide_sum(divisor)

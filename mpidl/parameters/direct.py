@@ -16,7 +16,8 @@ from mpidl import kernels
 from mpidl.parameters.assignment import Assignment, RowPlan, row_plan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.layout import Slice
+from mpidl.parameters.layout import Slice, blocks_of
+from mpidl.parameters.team import Team
 
 
 class Direct:
@@ -27,11 +28,19 @@ class Direct:
         changes: of the changes of the model's buffers.
         counters: of the partitions.
         slices: this rank's shard.
+        team: of those who add up.
         keeps_gradient: whether the gradient of the whole shard is wanted at once, instead of one slice's after another.
     """
 
     def __init__(
-        self, exchange: Exchange, changes: Exchange, counters: Counters, slices: Sequence[Slice], keeps_gradient: bool
+        self,
+        exchange: Exchange,
+        changes: Exchange,
+        counters: Counters,
+        slices: Sequence[Slice],
+        team: Team,
+        *,
+        keeps_gradient: bool,
     ) -> None:
         self.exchange = exchange
         self.changes = changes
@@ -43,6 +52,7 @@ class Direct:
         self.buckets = [exchange.whole()]
         self.order = self.buckets
         self._counters = counters
+        self._team = team
         self._plan: RowPlan | None = None
 
     def set_changes(self, changes: Exchange) -> None:
@@ -56,6 +66,9 @@ class Direct:
     def announce(self, index: int) -> None:
         """Nothing is announced here."""
 
+    def forget(self) -> None:
+        """Nothing is rounded here."""
+
     def collect(self, assignment: Assignment) -> float:
         """Wait until all rows and counters are complete. Collective."""
         world = self.exchange.world
@@ -67,7 +80,7 @@ class Direct:
     def mean(self, piece: Slice, divisor: float, squares: NDArray[np.float64]) -> None:
         """The mean over a slice of this rank's shard; `squares` as `kernels.mean_rows` has it."""
         assert self._plan is not None, "collect comes first"
-        mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares)
+        mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares, self._team)
 
     def keep_gradient(self) -> None:
         """Make room for the whole shard's gradient; what `own_gradient` gave before is not used any more."""
@@ -79,9 +92,9 @@ class Direct:
         return self._gradient[piece.own] if self._keeps_gradient else self._gradient[: piece.size]
 
     @property
-    def gradient_bytes(self) -> int:
+    def exchange_bytes(self) -> dict[str, int]:
         """What the summed gradient takes."""
-        return self._gradient.nbytes
+        return {"summed gradient": self._gradient.nbytes}
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:
         """Where the optimizer updates a slice of this rank's shard."""
@@ -101,7 +114,7 @@ class Direct:
         plan = row_plan(assignment, self.exchange.world.node_of, self.exchange.world.rank)
         for piece in self.changes.pieces(self.changes.whole(), self.exchange.world.rank):
             out, unused = self.changes.result[piece.start : piece.stop], np.empty(-(-piece.size // kernels.BLOCK_SIZE))
-            mean_of_node(self.changes, plan, piece, divisor, out, unused)
+            mean_of_node(self.changes, plan, piece, divisor, out, unused, self._team)
 
     def end_publishing(self) -> None:
         """Nothing is under way."""
@@ -120,7 +133,14 @@ def mean_of_node(
     divisor: float,
     out: NDArray[np.float32],
     squares: NDArray[np.float64],
+    team: Team,
 ) -> None:
     """Add up the rows of the one node there is over a slice of this rank's shard, and divide, into `out`."""
-    addresses = exchange.addresses([plan.local[i] for i in plan.total.rows], piece.start)
-    kernels.mean_rows(np.array(addresses, dtype=np.int64), plan.total.steps, divisor, out, squares)
+    addresses = np.array(exchange.addresses([plan.local[i] for i in plan.total.rows], piece.start), dtype=np.int64)
+
+    def mean(thread: int, index: int, start: int, stop: int) -> None:
+        blocks = blocks_of((start, stop), kernels.BLOCK_SIZE)
+        own_squares = squares[blocks.start : blocks.stop]
+        kernels.mean_rows(addresses + 4 * start, plan.total.steps, divisor, out[start:stop], own_squares)
+
+    team.run([piece.size], mean)

@@ -94,6 +94,10 @@ class Driver:
         """Whether nothing goes on before a flag is raised: no message is under way."""
         return all(isinstance(awaited, Flag | Condition) for _, awaited in self._active)
 
+    def is_waited_for(self) -> bool:
+        """Whether the main thread does nothing else while courses are advanced: it does so itself."""
+        return True
+
     def say(self, flag: Flag) -> None:
         """Raise a flag that courses wait for."""
         flag.raise_flag()
@@ -132,6 +136,10 @@ class ThreadDriver:
         self._check()
         self._added.put(courses)
         self._wake.set()
+
+    def is_waited_for(self) -> bool:
+        """Whether the main thread waits in `wait`."""
+        return self._waited_for is not None
 
     def say(self, flag: Flag) -> None:
         """Raise a flag that courses wait for."""

@@ -171,6 +171,11 @@ class Shards:
         return found
 
 
+def blocks_of(piece: Piece, block_size: int) -> range:
+    """The numbers of a piece's blocks; it begins at one."""
+    return range(piece[0] // block_size, -(-piece[1] // block_size))
+
+
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 

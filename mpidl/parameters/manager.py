@@ -65,6 +65,7 @@ class ParameterManager:
             "allreduce" (every rank has the whole optimizer). These three share no memory.
         wire: what travels between nodes: "float32", or "bfloat16" (half the bytes; sums and the owner's weights stay
             float32).
+        error_feedback: with wire "bfloat16": what rounding takes from a gradient is kept and added to the next one.
         clip_norm: bound of the mean gradient's L2 norm over all parameters, as torch's `clip_grad_norm_` has it.
         clip_value: bound of the magnitude of each of its elements; applied before `clip_norm`.
         bucket_mb: MiB of gradients that are exchanged together, in steps of the vector's cells (1 MiB or more);
@@ -85,6 +86,7 @@ class ParameterManager:
         *,
         reduction: str = "ordered",
         wire: str = "float32",
+        error_feedback: bool = False,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         bucket_mb: float | None = None,
@@ -92,7 +94,7 @@ class ParameterManager:
         world: World | None = None,
         assignment: Assignment | None = None,
     ) -> None:
-        self.world = init() if world is None else world
+        self.world = (init() if world is None else world).for_purpose("exchange")
         if reduction in BASELINES:
             self.world = self.world.without_shared_memory()
         self.model = model
@@ -104,6 +106,11 @@ class ParameterManager:
                 raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
             if reduction in BASELINES and WIRES[wire].rounds:
                 raise LayoutError(f"reduction {reduction!r} sends float32 only; leave wire={wire!r} out")
+            if error_feedback and (reduction != "ordered" or not WIRES[wire].rounds):
+                raise LayoutError(
+                    f"error_feedback is for gradients that are rounded, and with reduction={reduction!r} and "
+                    f"wire={wire!r} none are; add wire='bfloat16' (with reduction 'ordered'), or leave it out"
+                )
             clipping = Clipping(clip_norm, clip_value)
             clipping.check()
             if bucket_mb is not None and not bucket_mb > 0:
@@ -114,7 +121,7 @@ class ParameterManager:
         self._trained = {id(parameter) for _, parameter in self._parameters}
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
-        settings = (reduction, wire, clip_norm, clip_value, bucket_mb)
+        settings = (reduction, wire, error_feedback, clip_norm, clip_value, bucket_mb)
         self.world.check_equal("the exchange's settings", repr(settings), LayoutError)
         self._buffers = ModelBuffers(model)
         make = functools.partial(
@@ -126,6 +133,7 @@ class ParameterManager:
             wire=WIRES[wire],
             clipping=clipping,
             by_slices=goes_by_slices(optimizer),
+            error_feedback=error_feedback,
         )
         self._sync = self._allocate(make)
         self._accumulating = False
@@ -458,6 +466,7 @@ class ParameterManager:
     def set_shard_weights(self, values: NDArray[np.float32]) -> None:
         """Replace this rank's shard of the weights, as `shard_weights` gave it, on all nodes. Collective."""
         self.world.node_barrier()
+        self._sync.route.forget()
         for each in self._sync.slices:
             self._sync.route.own_weights(each)[:] = values[each.own]
         self._sync.publish_all()
@@ -502,11 +511,11 @@ class ParameterManager:
         return self._sync.times.take()
 
     def memory_bytes(self) -> dict[str, int]:
-        """What this rank's part of the work takes, by what it is for."""
+        """What this rank's part of the work takes, by what it is for; message buffers as far as any were needed yet."""
         return {
             "weights (one copy a node)": self.weights.nbytes,
             "gradient rows": sum(row.nbytes for row in self._sync.gradients.rows),
-            "summed gradient": self._sync.route.gradient_bytes,
+            **self._sync.route.exchange_bytes,
             "optimizer state, per element-wise tensor": 4 * self._update.shard_size,
         }
 

@@ -32,6 +32,7 @@ If a rank stops, the others wait in step 2 or 5 until the launcher or the abort 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 
@@ -44,9 +45,11 @@ from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.driver import Awaited, Condition, Course, Driver, Flag, ThreadDriver
 from mpidl.parameters.exchange import Bucket, Exchange
+from mpidl.parameters.feedback import ErrorFeedback
 from mpidl.parameters.layout import Slice
 from mpidl.parameters.reduction import Job, Lanes, Reduction, Steps
 from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.team import Team
 from mpidl.parameters.wire import WIRES, Wire
 from mpidl.runtime import World
 
@@ -73,7 +76,9 @@ class Pipeline:
         counters: of the partitions.
         reduction: how sums reach their owners.
         wire: what travels.
+        team: of those who add up and convert.
         share_squares: brings the squares of all shards to all nodes; None where somebody else does.
+        error_feedback: whether what rounding takes from a gradient is added to the next one.
     """
 
     def __init__(
@@ -83,7 +88,10 @@ class Pipeline:
         counters: Counters,
         reduction: Reduction,
         wire: Wire,
+        team: Team,
         share_squares: Share | None = None,
+        *,
+        error_feedback: bool = False,
     ) -> None:
         self.exchange = exchange
         self.changes = changes
@@ -99,6 +107,8 @@ class Pipeline:
         self._reducing = Lanes(world.duplicate(), world.duplicate())
         self._publishing = Lanes(world.duplicate(), world.duplicate())
         self._driver: Driver | ThreadDriver = ThreadDriver() if world.takes_threads else Driver()
+        self._team = dataclasses.replace(team, is_free=self._driver.is_waited_for)
+        self._feedback = ErrorFeedback(exchange) if error_feedback else None
         self._jobs: list[Job] = []
         self._ready: dict[int, Flag] = {}
         self._reduced = Flag()
@@ -118,9 +128,15 @@ class Pipeline:
         """In which buckets are reduced: backward ends with the first layers, whose gradients come last."""
 
     @property
-    def gradient_bytes(self) -> int:
-        """What the summed gradient takes, and the masters where there are any."""
-        return self.exchange.sum.nbytes + (0 if self.masters is None else self.masters.nbytes)
+    def exchange_bytes(self) -> dict[str, int]:
+        """What the exchange takes, by what it is for: masters where there are any, messages as far as seen yet."""
+        masters = 0 if self.masters is None else self.masters.nbytes
+        residuals = 0 if self._feedback is None else self._feedback.num_bytes
+        return {
+            "summed gradient": self.exchange.sum.nbytes + masters,
+            "message buffers": self._scratch.num_bytes,
+            "error feedback": residuals,
+        }
 
     # --- reduce -----------------------------------------------------------------------------------------------
 
@@ -131,8 +147,9 @@ class Pipeline:
         self._abandon()
         world = self.exchange.world
         plan = row_plan(assignment, world.node_of, world.rank)
-        job = Job(self.exchange, assignment, plan, self._wire, self._reducing, self._scratch)
-        job_of_changes = Job(self.changes, assignment, plan, WIRES["float32"], self._reducing, self._scratch)
+        lanes, scratch, team = self._reducing, self._scratch, self._team
+        job = Job(self.exchange, assignment, plan, self._wire, lanes, scratch, team, self._feedback)
+        job_of_changes = Job(self.changes, assignment, plan, WIRES["float32"], lanes, scratch, team)
         self._jobs = [job, job_of_changes]
         *others, last = self.order
         errands: list[Errand] = [(b.index, functools.partial(self._reduction, job, b, None)) for b in others]
@@ -166,6 +183,12 @@ class Pipeline:
         """End an iteration that was left unfinished: its rows are of no use. Collective; all ranks have begun it."""
         if self._jobs:
             self.collect(self._jobs[0].assignment)
+
+    def forget(self) -> None:
+        """Forget what rounding has taken from gradients: they do not count. Collective."""
+        if self._feedback is not None:
+            self._abandon()
+            self._feedback.forget()
 
     def _reduce_last(self, job: Job, bucket: Bucket) -> Steps:
         self._counters.read_node(self.exchange.world, job.assignment)
@@ -236,7 +259,8 @@ class Pipeline:
         return self.masters[piece.own]
 
     def take_weights(self) -> None:
-        """Make the node's copy the masters. Not collective."""
+        """Make the node's copy the masters, and begin anew. Collective."""
+        self.forget()
         if self.masters is not None:
             for piece in self.exchange.shards.slices(self.exchange.world.rank, max(self.exchange.size, 1)):
                 self.masters[piece.own] = self.exchange.result[piece.start : piece.stop]
@@ -245,7 +269,8 @@ class Pipeline:
         lane = self._publishing.start
         if self.masters is None:
             return publication.exact(self.exchange, lane, bucket)
-        return publication.rounded(self.exchange, lane, bucket, self._wire, self.masters, self._scratch)
+        masters, scratch = self.masters, self._scratch
+        return publication.rounded(self.exchange, lane, bucket, self._wire, masters, scratch, self._team)
 
     def _start_publishing(self, errand: Errand) -> Generator[Awaited, None, Steps]:
         index, exchange = errand

@@ -9,9 +9,13 @@ Generators like those of `reduction.py`: what stands before the first `yield` st
 
 from __future__ import annotations
 
+import itertools
+
 from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
+from mpidl.parameters.layout import Slice
 from mpidl.parameters.reduction import Steps
 from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.team import Team
 from mpidl.parameters.wire import AnyArray, Wire
 from mpidl.runtime import World
 
@@ -22,7 +26,7 @@ def exact(exchange: Exchange, lane: World, bucket: Bucket) -> Steps:
 
 
 def rounded(
-    exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters: Float32Array, scratch: Scratch
+    exchange: Exchange, lane: World, bucket: Bucket, wire: Wire, masters: Float32Array, scratch: Scratch, team: Team
 ) -> Steps:
     """One all-to-all of words. Collective.
 
@@ -33,6 +37,7 @@ def rounded(
         wire: that rounds.
         masters: float32, (shard size,); this rank's.
         scratch: for the messages.
+        team: of those who convert.
     """
     world = exchange.world
     own = exchange.pieces(bucket, world.rank)
@@ -47,19 +52,37 @@ def rounded(
         offsets[shard] = total
         total += receive_counts[shard]
     with scratch.borrow(own_size, wire.dtype) as words, scratch.borrow(total, wire.dtype) as received:
-        position = 0
-        for piece in own:
-            wire.write(masters[piece.own], words[position : position + piece.size])
-            position += piece.size
-        _place(exchange, bucket, world.rank, wire, words)
+        _round(exchange, bucket, wire, masters, words, team)
+        _place(exchange, bucket, world.rank, wire, words, team)
         yield lane.start_alltoall_varying(words, send_counts, [0] * world.size, received, receive_counts, offsets)
         for shard in senders:
-            _place(exchange, bucket, shard, wire, received[offsets[shard] : offsets[shard] + receive_counts[shard]])
+            words_of_shard = received[offsets[shard] : offsets[shard] + receive_counts[shard]]
+            _place(exchange, bucket, shard, wire, words_of_shard, team)
 
 
-def _place(exchange: Exchange, bucket: Bucket, shard: int, wire: Wire, words: AnyArray) -> None:
+def _round(exchange: Exchange, bucket: Bucket, wire: Wire, masters: Float32Array, words: AnyArray, team: Team) -> None:
+    """Write this rank's weights into a message."""
+    pieces, offsets = _pieces(exchange, bucket, exchange.world.rank)
+
+    def write(thread: int, index: int, start: int, stop: int) -> None:
+        values = masters[pieces[index].own][start:stop]
+        wire.write(values, words[offsets[index] + start : offsets[index] + stop])
+
+    team.run([piece.size for piece in pieces], write)
+
+
+def _place(exchange: Exchange, bucket: Bucket, shard: int, wire: Wire, words: AnyArray, team: Team) -> None:
     """Write a shard's words into the node's copy."""
-    position = 0
-    for piece in exchange.pieces(bucket, shard):
-        wire.read(words[position : position + piece.size], exchange.result[piece.start : piece.stop])
-        position += piece.size
+    pieces, offsets = _pieces(exchange, bucket, shard)
+
+    def read(thread: int, index: int, start: int, stop: int) -> None:
+        first = pieces[index].start
+        wire.read(words[offsets[index] + start : offsets[index] + stop], exchange.result[first + start : first + stop])
+
+    team.run([piece.size for piece in pieces], read)
+
+
+def _pieces(exchange: Exchange, bucket: Bucket, shard: int) -> tuple[list[Slice], list[int]]:
+    """A shard's pieces of a bucket, and where each begins in a message."""
+    pieces = exchange.pieces(bucket, shard)
+    return pieces, [0, *itertools.accumulate(piece.size for piece in pieces)]

@@ -42,7 +42,9 @@ from mpidl import kernels
 from mpidl.parameters.assignment import Addends, Assignment, RowPlan
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.exchange import Bucket, Exchange
+from mpidl.parameters.feedback import ErrorFeedback
 from mpidl.parameters.scratch import Scratch
+from mpidl.parameters.team import Team
 from mpidl.parameters.wire import Wire
 from mpidl.runtime import Pending, World
 
@@ -69,6 +71,8 @@ class Job:
     wire: Wire
     lanes: Lanes
     scratch: Scratch
+    team: Team
+    feedback: ErrorFeedback | None = None
     local_sum_s: float = 0.0
     """Seconds spent adding rows up."""
 
@@ -78,6 +82,13 @@ class Job:
         begin = time.perf_counter()
         yield
         self.local_sum_s += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def rooms(self, number: int, sizes: Sequence[int]) -> Iterator[list[list[Float32Array]]]:
+        """So many rooms for values, as the wire wants them for pieces of these sizes, for each thread of the team."""
+        num_threads, size = self.team.num_threads, min(self.wire.max_size or 0, max(sizes, default=0))
+        with self.scratch.borrow(num_threads * number * size, np.float32) as room:
+            yield [list(each) for each in room.reshape(num_threads, number, size)]
 
 
 class Reduction(Protocol):
@@ -162,12 +173,30 @@ def _pack(job: Job, bucket: Bucket, counters: Counters | None, send: AnyArray) -
         if counters is not None:
             send[position : position + head] = counters.pack(*plan.partitions_of_node[world.node]).view(send.dtype)
             position += head
+        size = sum(piece.size for piece in exchange.pieces(bucket, shard))
         for addends in plan.sent:
-            for piece in exchange.pieces(bucket, shard):
-                addresses = _chosen(exchange.addresses(plan.local, piece.start), addends)
-                with job.scratch.borrow(job.wire.room_for(piece.size), np.float32) as room:
-                    job.wire.add_rows(addresses, addends.steps, send[position : position + piece.size], room)
-                position += piece.size
+            _pack_row(job, bucket, shard, addends, send[position : position + size])
+            position += size
+
+
+def _pack_row(job: Job, bucket: Bucket, shard: int, addends: Addends, words: AnyArray) -> None:
+    """Write the sum of some of this node's rows over a shard's pieces into a message."""
+    exchange = job.exchange
+    pieces = exchange.pieces(bucket, shard)
+    sizes = [piece.size for piece in pieces]
+    offsets = _offsets(sizes)
+    addresses = [_chosen(exchange.addresses(job.plan.local, piece.start), addends) for piece in pieces]
+    residuals = [None if job.feedback is None else job.feedback.of(shard, piece) for piece in pieces]
+
+    def pack(thread: int, index: int, start: int, stop: int) -> None:
+        own_words = words[offsets[index] + start : offsets[index] + stop]
+        residual = residuals[index]
+        own_residual = None if residual is None else residual[start:stop]
+        room = rooms[thread][0][: stop - start]
+        job.wire.add_rows(addresses[index] + 4 * start, addends.steps, own_words, room, own_residual)
+
+    with job.rooms(1, sizes) as rooms:
+        job.team.run(sizes, pack, job.wire.max_size)
 
 
 def _add_received(job: Job, bucket: Bucket, counters: Counters | None, incoming: _Messages, received: AnyArray) -> None:
@@ -184,16 +213,19 @@ def _add_received(job: Job, bucket: Bucket, counters: Counters | None, incoming:
             offset += words
         for row in range(plan.rows_of_node[node]):
             rows.append(received[offset + row * own_size : offset + (row + 1) * own_size])
-    position = 0
-    for piece in own:
-        with contextlib.ExitStack() as stack:
-            addresses = exchange.addresses(plan.local, piece.start)
-            for words_of_row in rows:
-                room = stack.enter_context(job.scratch.borrow(job.wire.room_for(piece.size), np.float32))
-                values = job.wire.values_of(words_of_row[position : position + piece.size], room)
-                addresses.append(values.ctypes.data)
-            kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own])
-        position += piece.size
+    sizes = [piece.size for piece in own]
+    offsets = _offsets(sizes)
+
+    def add(thread: int, index: int, start: int, stop: int) -> None:
+        piece, first = own[index], offsets[index]
+        addresses = exchange.addresses(plan.local, piece.start + start)
+        for words_of_row, room in zip(rows, rooms[thread], strict=True):
+            values = job.wire.values_of(words_of_row[first + start : first + stop], room[: stop - start])
+            addresses.append(values.ctypes.data)
+        kernels.add_rows(_chosen(addresses, plan.total), plan.total.steps, exchange.sum[piece.own][start:stop])
+
+    with job.rooms(len(rows), sizes) as rooms:
+        job.team.run(sizes, add, job.wire.max_size)
 
 
 def mpi(job: Job, bucket: Bucket, counters: Counters | None) -> Steps:
@@ -241,11 +273,16 @@ def _sum_in_any_order(job: Job, start: int, out: Float32Array) -> None:
         out.fill(0)
         return
     first, *others = job.plan.sent
-    kernels.add_rows(addresses[list(first.rows)], first.steps, out)
+    _add_rows(job, addresses, first, out)
     for addends in others:
         with job.scratch.borrow(out.size, np.float32) as part:
-            kernels.add_rows(addresses[list(addends.rows)], addends.steps, part)
+            _add_rows(job, addresses, addends, part)
             out += part
+
+
+def _add_rows(job: Job, addresses: NDArray[np.int64], addends: Addends, out: Float32Array) -> None:
+    chosen = addresses[list(addends.rows)]
+    job.team.run([out.size], lambda _, __, a, b: kernels.add_rows(chosen + 4 * a, addends.steps, out[a:b]))
 
 
 REDUCTIONS: dict[str, Reduction] = {"ordered": ordered, "mpi": mpi}

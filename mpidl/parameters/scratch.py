@@ -19,6 +19,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []
+        self.num_bytes = 0
+        """What is kept, and what is out."""
 
     @contextlib.contextmanager
     def borrow(self, size: int, dtype: Any) -> Iterator[NDArray[Any]]:
@@ -31,6 +33,7 @@ class Scratch:
         if taken is not None:
             self._free = [each for each in self._free if each is not taken]
         if taken is None or taken.size < num_bytes:
+            self.num_bytes += num_bytes - (0 if taken is None else taken.size)
             taken = np.empty(num_bytes, np.uint8)
         try:
             yield taken[:num_bytes].view(dtype)

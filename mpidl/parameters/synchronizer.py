@@ -37,10 +37,11 @@ from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
 from mpidl.parameters.counters import Counters
 from mpidl.parameters.direct import Direct
-from mpidl.parameters.exchange import Bucket, Exchange
-from mpidl.parameters.layout import FlatLayout, Piece, Shards
+from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
+from mpidl.parameters.layout import FlatLayout, Shards, blocks_of
 from mpidl.parameters.pipeline import CHANGES, SQUARES, Pipeline
 from mpidl.parameters.reduction import REDUCTIONS, Steps
+from mpidl.parameters.team import Helpers, Team
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.parameters.wire import Wire
@@ -50,7 +51,7 @@ STRATEGIES = (*REDUCTIONS, *BASELINES)
 """The parameter manager's two reductions, and what it is measured against."""
 
 SLICE_SIZE = 256 * kernels.BLOCK_SIZE
-"""Elements that are added up and updated at a time: their gradient stays in cache in between (4 MiB)."""
+"""Elements that a thread adds up and updates at a time: their gradient stays in cache in between (4 MiB)."""
 
 
 class Synchronizer:
@@ -65,6 +66,7 @@ class Synchronizer:
         wire: what travels between nodes.
         clipping: of the mean gradient.
         by_slices: whether the optimizer may be called for one slice after another.
+        error_feedback: whether what a wire's rounding takes from a gradient is added to the next one.
 
     Raises:
         SharedMemoryError: on every rank: there is no room.
@@ -81,6 +83,7 @@ class Synchronizer:
         clipping: Clipping,
         *,
         by_slices: bool,
+        error_feedback: bool = False,
     ) -> None:
         self.world = world
         is_direct = world.num_nodes == 1 and reduction not in BASELINES
@@ -96,21 +99,28 @@ class Synchronizer:
         num_blocks = -(-layout.size // kernels.BLOCK_SIZE)
         self.squares = share(world, 8 * num_blocks if world.local_rank == 0 else 0)[0].view(np.float64)
         """Sums of squares of the mean gradient, block by block, float64; the node's one copy."""
-        self.slices = self.gradients.shards.slices(world.rank, SLICE_SIZE)
+        self.slices = self.gradients.shards.slices(world.rank, SLICE_SIZE * world.threads_per_rank)
         """This rank's shard, in the pieces that are updated at a time."""
         self.times = PhaseTimes()
         self._buffers = buffers
         self._clipping = clipping
         self._by_slices = by_slices
+        self._helpers = Helpers(world.threads_per_rank - 1)
+        self._team = Team(self._helpers)
         share_squares = self._steps_of_squares if clipping.norm is None else None  # else they are before the update
         self.route: Direct | Pipeline | Baseline
         if reduction in BASELINES:
             self.route = Baseline(self.gradients, changes, self.counters, reduction, share_squares)
         elif is_direct:
             keeps_gradient = clipping.norm is not None or not by_slices
-            self.route = Direct(self.gradients, changes, self.counters, self.slices, keeps_gradient)
+            self.route = Direct(
+                self.gradients, changes, self.counters, self.slices, self._team, keeps_gradient=keeps_gradient
+            )
         else:
-            self.route = Pipeline(self.gradients, changes, self.counters, REDUCTIONS[reduction], wire, share_squares)
+            self.route = Pipeline(
+                self.gradients, changes, self.counters, REDUCTIONS[reduction], wire, self._team, share_squares,
+                error_feedback=error_feedback,
+            )  # fmt: skip
 
     @property
     def changes(self) -> Exchange:
@@ -147,8 +157,10 @@ class Synchronizer:
             return
         for merge in range(tree.merges(assignment.num_partitions, start, partition)):
             for exchange in (self.gradients, self.changes):
-                into = exchange.rows[slot - merge - 1]
-                np.add(into, exchange.rows[slot - merge], out=into)
+                self._add(exchange.rows[slot - merge - 1], exchange.rows[slot - merge])
+
+    def _add(self, into: Float32Array, other: Float32Array) -> None:
+        self._team.run([into.size], lambda _, __, a, b: np.add(into[a:b], other[a:b], out=into[a:b]))
 
     def synchronize(
         self, assignment: Assignment, update: ShardOptimizer, most_dropped: int | None = None
@@ -181,6 +193,7 @@ class Synchronizer:
         self.world.node_barrier()
         if not weight > 0:
             self._buffers.reset()
+            self.route.forget()
         elif self._buffers.advance(self.changes.result):
             self.lay_out_changes()
         self.times.lap("allgather")
@@ -209,6 +222,7 @@ class Synchronizer:
         local_sum_s = self.route.collect(assignment)
         table = self.counters.table[: assignment.num_partitions].copy()
         if np.any(table[:, fields.FLAGS].astype(int) & fields.TOO_EARLY):
+            self.route.forget()
             local_sum_s += self.route.collect(assignment)
         self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
         with self._nothing_updated():
@@ -223,6 +237,7 @@ class Synchronizer:
             yield
         except MpidlError:
             self._buffers.reset()  # forward has written into them
+            self.route.forget()
             self.world.node_barrier()  # whoever catches this may write counters and rows anew: not before all have read
             raise
 
@@ -305,7 +320,7 @@ class Synchronizer:
 
     def _mean(self, index: int, weight: float) -> None:
         each = self.slices[index]
-        blocks = _blocks_of((each.start, each.stop))
+        blocks = blocks_of((each.start, each.stop), kernels.BLOCK_SIZE)
         squares = self.squares[blocks.start : blocks.stop]
         self.times.lap("update")
         self.route.mean(each, weight, squares)
@@ -324,14 +339,16 @@ class Synchronizer:
     @functools.cached_property
     def _blocks(self) -> list[NDArray[np.int64]]:
         """The blocks of each rank's shard."""
+        runs = self.gradients.shards.runs
         return [
-            np.array([block for run in self.gradients.shards.runs(rank) for block in _blocks_of(run)], dtype=np.int64)
+            np.array([block for run in runs(rank) for block in blocks_of(run, kernels.BLOCK_SIZE)], dtype=np.int64)
             for rank in range(self.world.size)
         ]
 
     def close(self) -> None:
         """End what goes on in the background. Collective."""
         self.route.close()
+        self._helpers.close()
 
 
 def slots_of(assignment: Assignment, world_size: int) -> list[int]:
@@ -343,10 +360,6 @@ def _shards(world: World, size: int, reduction: str) -> Shards:
     if reduction in BASELINES:
         return shards_for(reduction, size, world.size)
     return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
-
-
-def _blocks_of(run: Piece) -> range:
-    return range(run[0] // kernels.BLOCK_SIZE, -(-run[1] // kernels.BLOCK_SIZE))
 
 
 def _check_dropped(table: NDArray[np.float64], most: int | None) -> None:

@@ -16,7 +16,8 @@ AnyArray = NDArray[Any]
 class Wire(Protocol):
     """How float32 values become words, the elements of messages, and values again.
 
-    Where values are needed on the way, they are written into `room`, float32, `room_for` as long as the words.
+    Where values are needed on the way, they are written into `room`, float32, as long as the words; then no more than
+    `max_size` words are wanted at a time, so that values stay in cache.
     """
 
     dtype: Any
@@ -24,12 +25,21 @@ class Wire(Protocol):
     rounds: bool
     """Whether values lose digits on the way."""
 
-    def room_for(self, size: int) -> int:
-        """Elements that `room` has to have for so many words."""
-        ...
+    max_size: int | None
+    """Words that are made, or read, at a time; None: any number, and there need be no `room`."""
 
-    def add_rows(self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: AnyArray, room: Float32Array) -> None:
-        """Write the sum of rows into a message; `rows` and `steps` as `mpidl.kernels.add_rows` takes them."""
+    def add_rows(
+        self,
+        rows: NDArray[np.int64],
+        steps: NDArray[np.int64],
+        words: AnyArray,
+        room: Float32Array,
+        residuals: Float32Array | None,
+    ) -> None:
+        """Write the sum of rows into a message; `rows` and `steps` as `mpidl.kernels.add_rows` takes them.
+
+        With residuals (float32, as many as words), what they hold is added first, and what is lost is left in them.
+        """
         ...
 
     def write(self, values: Float32Array, words: AnyArray) -> None:
@@ -50,12 +60,15 @@ class Float32Wire:
 
     dtype: Any = np.float32
     rounds = False
-
-    def room_for(self, size: int) -> int:  # noqa: D102
-        return 0
+    max_size: int | None = None
 
     def add_rows(  # noqa: D102
-        self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: Float32Array, room: Float32Array
+        self,
+        rows: NDArray[np.int64],
+        steps: NDArray[np.int64],
+        words: Float32Array,
+        room: Float32Array,
+        residuals: Float32Array | None,
     ) -> None:
         kernels.add_rows(rows, steps, words)
 
@@ -74,15 +87,21 @@ class Bfloat16Wire:
 
     dtype: Any = np.uint16
     rounds = True
-
-    def room_for(self, size: int) -> int:  # noqa: D102
-        return size
+    max_size: int | None = 16 * kernels.BLOCK_SIZE
 
     def add_rows(  # noqa: D102
-        self, rows: NDArray[np.int64], steps: NDArray[np.int64], words: NDArray[np.uint16], room: Float32Array
+        self,
+        rows: NDArray[np.int64],
+        steps: NDArray[np.int64],
+        words: NDArray[np.uint16],
+        room: Float32Array,
+        residuals: Float32Array | None,
     ) -> None:
         kernels.add_rows(rows, steps, room)
-        kernels.to_bfloat16(room, words)
+        if residuals is None:
+            kernels.to_bfloat16(room, words)
+        else:
+            kernels.to_bfloat16_with_feedback(room, residuals, words)
 
     def write(self, values: Float32Array, words: NDArray[np.uint16]) -> None:  # noqa: D102
         kernels.to_bfloat16(values, words)

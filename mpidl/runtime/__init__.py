@@ -5,8 +5,8 @@ from mpidl.runtime.faults import end_job, on_all_ranks, run_command, warn
 from mpidl.runtime.launcher import launched_rank, launched_size, without_launcher
 from mpidl.runtime.shared import SharedMemoryError, share
 from mpidl.runtime.startup import init
-from mpidl.runtime.waiting import Patience
-from mpidl.runtime.world import Pending, World
+from mpidl.runtime.waiting import Patience, Pending
+from mpidl.runtime.world import World
 
 __all__ = [
     "Patience",

@@ -40,6 +40,22 @@ def wait(request: Request, shares_cores: bool) -> None:
         time.sleep(SLEEP_S)
 
 
+class Pending:
+    """A collective that was started and must be completed by every rank, even if its content is no longer wanted."""
+
+    def __init__(self, request: Request, shares_cores: bool) -> None:
+        self._request = request
+        self._shares_cores = shares_cores
+
+    def is_over(self) -> bool:
+        """Let MPI move what it can; returns whether the collective is complete on this rank."""
+        return bool(self._request.Test())
+
+    def wait(self) -> None:
+        """Return when the collective is complete on this rank."""
+        wait(self._request, self._shares_cores)
+
+
 class Patience:
     """How somebody waits who looks again and again at several things.
 

@@ -6,6 +6,8 @@ one node follow each other (rank 0 stays rank 0). A *node* is the set of ranks t
 The main thread makes every call; those on a `duplicate` may be another thread's. All waits go through `waiting.wait`,
 so that a waiting rank gives its core away where ranks share cores. Methods named in lower case with arrays move buffers
 and never pickle; the `_object` ones pickle.
+
+Every collective that is started is counted by its name and its purpose, which a view of the world has: see `calls.py`.
 """
 
 from __future__ import annotations
@@ -20,28 +22,13 @@ from numpy.typing import NDArray
 
 from mpidl.errors import LaunchError, MpidlError, UserError
 from mpidl.runtime import faults
-from mpidl.runtime.waiting import wait
+from mpidl.runtime.calls import Calls
+from mpidl.runtime.waiting import Pending
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 AnyArray = NDArray[Any]
-
-
-class Pending:
-    """A collective that was started and must be completed by every rank, even if its content is no longer wanted."""
-
-    def __init__(self, request: Any, shares_cores: bool) -> None:
-        self._request = request
-        self._shares_cores = shares_cores
-
-    def is_over(self) -> bool:
-        """Let MPI move what it can; returns whether the collective is complete on this rank."""
-        return bool(self._request.Test())
-
-    def wait(self) -> None:
-        """Return when the collective is complete on this rank."""
-        wait(self._request, self._shares_cores)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +52,10 @@ class World:
     """Host of each rank."""
     takes_threads: bool
     """Whether several threads may call MPI at the same time (MPI_THREAD_MULTIPLE)."""
+    purpose: str = "other"
+    """What the collectives that are started by this view are for."""
+    calls: Calls = dataclasses.field(default_factory=Calls)
+    """How many collectives this rank has started, by name and purpose."""
 
     @property
     def rank(self) -> int:
@@ -110,11 +101,24 @@ class World:
         """The lowest rank of a node."""
         return self.node_of.index(node)
 
+    def for_purpose(self, purpose: str) -> World:
+        """The same ranks and communicators; what is started by the result counts as this. Not collective."""
+        return dataclasses.replace(self, purpose=purpose)
+
+    def _call(self, comm: MPI.Intracomm, name: str, *arguments: Any, **options: Any) -> Any:
+        """Count and make a call of the communicator."""
+        self.calls.own[name, self.purpose] += 1
+        return getattr(comm, name)(*arguments, **options)
+
+    def _start(self, comm: MPI.Intracomm, name: str, *arguments: Any, **options: Any) -> Pending:
+        """Count and start a non-blocking collective."""
+        return Pending(self._call(comm, name, *arguments, **options), self.shares_cores)
+
     # --- collectives over all ranks -------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
-        wait(self.comm.Ibarrier(), self.shares_cores)
+        self._start(self.comm, "Ibarrier").wait()
 
     def broadcast(self, array: AnyArray, root: int = 0) -> None:
         """Overwrite `array` with the root's, in place. Collective; same shape and dtype everywhere."""
@@ -122,7 +126,7 @@ class World:
 
     def start_broadcast(self, array: AnyArray, root: int = 0) -> Pending:
         """Begin `broadcast`; the array belongs to MPI until the result's `wait` returns. Collective."""
-        return Pending(self.comm.Ibcast(array, root=root), self.shares_cores)
+        return self._start(self.comm, "Ibcast", array, root=root)
 
     def allreduce(self, array: AnyArray, operation: str = "sum") -> AnyArray:
         """The elementwise "sum", "min" or "max" over all ranks, as a new array. Collective."""
@@ -133,14 +137,14 @@ class World:
         operations = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         if operation not in operations:
             raise ValueError(f"allreduce operation {operation!r} is not one of {', '.join(operations)}")
-        wait(self.comm.Iallreduce(array, result, operations[operation]), self.shares_cores)
+        self._start(self.comm, "Iallreduce", array, result, operations[operation]).wait()
         return result
 
     def allgather(self, array: AnyArray) -> AnyArray:
         """Every rank's array, (size, *array.shape). Collective; same shape and dtype everywhere."""
         array = np.asarray(array, order="C")
         result = np.empty((self.size, *array.shape), array.dtype)
-        wait(self.comm.Iallgather(array, result), self.shares_cores)
+        self._start(self.comm, "Iallgather", array, result).wait()
         return result
 
     def allgather_varying(self, array: AnyArray, counts: Sequence[int]) -> AnyArray:
@@ -153,7 +157,7 @@ class World:
         """Every rank's array, (size, *array.shape), on rank 0; None elsewhere. Collective."""
         array = np.asarray(array, order="C")
         result = np.empty((self.size, *array.shape), array.dtype) if self.rank == 0 else None
-        wait(self.comm.Igather(array, result, root=0), self.shares_cores)
+        self._start(self.comm, "Igather", array, result, root=0).wait()
         return result
 
     def alltoall_varying(
@@ -187,24 +191,22 @@ class World:
             assert not send.size or not receive.size, "send and receive begin at the same address"
             send = send if send.size else np.empty(1, send.dtype)
             receive = receive if receive.size else np.empty(1, receive.dtype)
-        request = self.comm.Ialltoallv(
-            [send, (list(send_counts), list(send_offsets))], [receive, (list(receive_counts), list(receive_offsets))]
-        )
-        return Pending(request, self.shares_cores)
+        sent = [send, (list(send_counts), list(send_offsets))]
+        received = [receive, (list(receive_counts), list(receive_offsets))]
+        return self._start(self.comm, "Ialltoallv", sent, received)
 
     def start_allgather_varying(self, array: AnyArray, counts: Sequence[int]) -> tuple[AnyArray, Pending]:
         """Begin `allgather_varying`; returns what it will have filled. Collective."""
         result = np.empty(sum(counts), array.dtype)
-        request = self.comm.Iallgatherv(np.ascontiguousarray(array), [result, list(counts)])
-        return result, Pending(request, self.shares_cores)
+        return result, self._start(self.comm, "Iallgatherv", np.ascontiguousarray(array), [result, list(counts)])
 
     def start_allreduce(self, send: AnyArray, receive: AnyArray) -> Pending:
         """Begin to add `send` over all ranks into everyone's `receive`. Collective; same shape and dtype everywhere."""
-        return Pending(self.comm.Iallreduce(send, receive), self.shares_cores)
+        return self._start(self.comm, "Iallreduce", send, receive)
 
     def start_reduce(self, send: AnyArray, receive: AnyArray) -> Pending:
         """Begin to add `send` over all ranks into rank 0's `receive`; the others' is not touched. Collective."""
-        return Pending(self.comm.Ireduce(send, receive if self.rank == 0 else None, root=0), self.shares_cores)
+        return self._start(self.comm, "Ireduce", send, receive if self.rank == 0 else None, root=0)
 
     def start_column_reduce_scatter(self, send: AnyArray, receive: AnyArray, counts: Sequence[int]) -> Pending:
         """Add `send` over the ranks of this column and keep this node's block (MPI_Ireduce_scatter).
@@ -217,7 +219,7 @@ class World:
             counts: elements for each node.
         """
         assert self.column_comm is not None, "this rank is in no column"
-        return Pending(self.column_comm.Ireduce_scatter(send, receive, list(counts)), self.shares_cores)
+        return self._start(self.column_comm, "Ireduce_scatter", send, receive, list(counts))
 
     def nothing(self) -> Pending:
         """What is over at once. Not collective."""
@@ -233,26 +235,26 @@ class World:
 
     def start_node_barrier(self) -> Pending:
         """Begin `node_barrier`. Collective over the node."""
-        return Pending(self.node_comm.Ibarrier(), self.shares_cores)
+        return self._start(self.node_comm, "Ibarrier")
 
     def node_allgather_object(self, value: Any) -> list[Any]:
         """Every local rank's object (pickled). Collective over the node."""
-        return list(self.node_comm.allgather(value))
+        return list(self._call(self.node_comm, "allgather", value))
 
     # --- objects, for set-up and for users ------------------------------------------------------------------------
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The root's object on every rank (pickled). Collective."""
-        return self.comm.bcast(value, root=root)
+        return self._call(self.comm, "bcast", value, root=root)
 
     def gather_object(self, value: Any) -> list[Any] | None:
         """Every rank's object on rank 0 (pickled); None elsewhere. Collective."""
-        gathered: list[Any] | None = self.comm.gather(value, root=0)
+        gathered: list[Any] | None = self._call(self.comm, "gather", value, root=0)
         return gathered
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Every rank's object (pickled). Collective."""
-        return list(self.comm.allgather(value))
+        return list(self._call(self.comm, "allgather", value))
 
     @contextlib.contextmanager
     def agreed(self, stage: str) -> Iterator[None]:
@@ -301,13 +303,14 @@ class World:
 
     def duplicate(self) -> World:
         """The same ranks with communicators of their own: collectives there do not mix with those here. Collective."""
-        column = None if self.column_comm is None else self.column_comm.Dup()
-        return dataclasses.replace(self, comm=self.comm.Dup(), node_comm=self.node_comm.Dup(), column_comm=column)
+        comm, node_comm = self._call(self.comm, "Dup"), self._call(self.node_comm, "Dup")
+        column = None if self.column_comm is None else self._call(self.column_comm, "Dup")
+        return dataclasses.replace(self, comm=comm, node_comm=node_comm, column_comm=column, calls=self.calls.apart())
 
     def free(self) -> None:
         """Let the communicators of a `duplicate` go. Collective."""
         for comm in filter(None, (self.comm, self.node_comm, self.column_comm)):
-            comm.Free()
+            self._call(comm, "Free")
 
     def without_shared_memory(self) -> World:
         """The same ranks, each on a node of its own, so that nothing is shared. Collective."""

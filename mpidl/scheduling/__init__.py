@@ -2,6 +2,7 @@
 
 from mpidl.scheduling.balance import Balancer, Move, best_counts
 from mpidl.scheduling.channel import PlanChannel
+from mpidl.scheduling.coordination import Coordination
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.dropping import DropBudget, most_dropped
 from mpidl.scheduling.evaluation import Metric, evaluate
@@ -21,6 +22,7 @@ __all__ = [
     "STOP_FILE",
     "Action",
     "Balancer",
+    "Coordination",
     "Coordinator",
     "Course",
     "DropBudget",

@@ -28,7 +28,7 @@ class PlanChannel:
     """
 
     def __init__(self, world: World, coordinator: Coordinator | Replay | None, capacity: int) -> None:
-        self._world = world
+        self._world = world.for_purpose("plan")
         self._coordinator = coordinator
         self._buffer = np.zeros(capacity, np.uint8)
         self._pending: Pending | None = None

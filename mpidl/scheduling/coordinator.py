@@ -99,9 +99,9 @@ class Coordinator:
         if self._learning_rates.metric is not None:
             self._learning_rates.observe(completed, result)
 
-    def observe(self, plan: GroupPlan, seconds: float) -> None:
-        """Learn from the report of a group."""
-        self.group_size.observe(plan.num_iterations, seconds)
+    def observe(self, plan: GroupPlan, seconds: float, coordination_s: float) -> None:
+        """Learn from the report of a group: what its iterations took, and what plans and reports took meanwhile."""
+        self.group_size.observe(plan.num_iterations, seconds, coordination_s)
 
     def note(self, table: NDArray[np.float64]) -> None:
         """Learn from an iteration: float64, (partitions, 6), `counters.FIELDS` of every partition."""

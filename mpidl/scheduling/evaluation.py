@@ -81,7 +81,7 @@ def evaluate(
             module.training = training
     width = sums.shape[1]
     counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
-    gathered = world.allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
+    gathered = world.for_purpose("validation").allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
     loss_total, weight_total, num_samples, *totals = (float(value) for value in gathered.sum(axis=0))
     if weight_total == 0:
         raise UserError("the data set's weights add up to zero; there is no mean loss")

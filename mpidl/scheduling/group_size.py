@@ -1,21 +1,51 @@
-"""How many iterations the next group has.
+"""How many iterations the next group has. Pure.
 
-A number stays what it is. "auto" aims at groups of about a second: long enough that a plan and a report cost nothing
-that could be measured, short enough that what the coordinator decides takes effect soon. The numbers of a training do
-not depend on the group size.
+A number stays what it is. "auto" keeps the share of the time that coordination takes between two bounds: above the
+upper one the size is multiplied, so that the share falls fast; below the lower one it shrinks by a step, so that what
+the coordinator decides takes effect sooner. A group is never meant to take longer than `max_group_seconds`, at the time
+of an iteration as measured: what the coordinator decides waits for its end. Triggers cut groups where something can be
+foreseen to be due (`triggers.py`). The numbers of a training do not depend on the group size.
+
+What is smoothed are the two measurements, a group's coordination in seconds and an iteration's; the share follows from
+them for any size. A share that was smoothed itself would go on telling of sizes that are long past, and so would one
+of a group that a trigger has cut short.
+
+Source: Venkataraman et al., Drizzle (SOSP 2017), section 3.4: additive decrease, multiplicative increase, over an
+exponential average.
 """
 
 from __future__ import annotations
 
-TARGET_S = 1.0
+LOWER_SHARE, UPPER_SHARE = 0.01, 0.05
+MAX_GROUP_S = 2.0
 LARGEST_AUTO = 256
+FACTOR, STEP = 2, 1
+NEWEST = 0.3
+"""How much of a smoothed number is the newest measurement."""
 
 
 class GroupSize:
-    """The group size over the course of a run; kept by the coordinator."""
+    """The group size over the course of a run; kept by the coordinator.
 
-    def __init__(self, setting: int | str) -> None:
+    Args:
+        setting: iterations, or "auto".
+        max_group_seconds: the longest time a group may be meant to take; "auto" only.
+        lower: below this share of coordination, groups shrink.
+        upper: above it they grow.
+    """
+
+    def __init__(
+        self,
+        setting: int | str,
+        max_group_seconds: float = MAX_GROUP_S,
+        *,
+        lower: float = LOWER_SHARE,
+        upper: float = UPPER_SHARE,
+    ) -> None:
         self._automatic = setting == "auto"
+        self._max_group_s, self._lower, self._upper = max_group_seconds, lower, upper
+        self._has_begun = False
+        self._smoothed: tuple[float, float] | None = None  # seconds of a group's coordination, of an iteration
         self.value = 1 if self._automatic else int(setting)
         """Iterations of the next group."""
 
@@ -24,8 +54,38 @@ class GroupSize:
         """The largest value that may ever come."""
         return LARGEST_AUTO if self._automatic else self.value
 
-    def observe(self, iterations: int, seconds: float) -> None:
-        """Learn from a group that took `seconds`: at most double, and at most LARGEST_AUTO."""
-        if self._automatic and iterations > 0:
-            aim = int(TARGET_S * iterations / max(seconds, 1e-9))
-            self.value = max(1, min(aim, 2 * self.value, LARGEST_AUTO))
+    @property
+    def share(self) -> float | None:
+        """The share of coordination in a group of `value` iterations; None as long as nothing was learned."""
+        if self._smoothed is None:
+            return None
+        coordination_s, iteration_s = self._smoothed
+        return coordination_s / max(coordination_s + self.value * iteration_s, 1e-9)
+
+    def observe(self, iterations: int, seconds: float, coordination_s: float) -> None:
+        """Learn from a group. The first one teaches nothing: it loads and compiles what later ones have.
+
+        Args:
+            iterations: that it had.
+            seconds: that they took.
+            coordination_s: what its plans and reports took on rank 0.
+        """
+        if iterations < 1:
+            return
+        is_first, self._has_begun = not self._has_begun, True
+        if is_first:
+            return
+        newest = coordination_s, seconds / iterations
+        old = self._smoothed or newest
+        self._smoothed = old[0] + NEWEST * (newest[0] - old[0]), old[1] + NEWEST * (newest[1] - old[1])
+        if self._automatic:
+            # The slower of both times: a run that has become slow must not go on in long groups.
+            longest = int(min(self._max_group_s / max(newest[1], self._smoothed[1], 1e-9), LARGEST_AUTO))
+            self.value = max(1, min(self._adapted(), longest))
+
+    def _adapted(self) -> int:
+        share = self.share
+        assert share is not None
+        if share > self._upper:
+            return FACTOR * self.value
+        return self.value - STEP if share < self._lower else self.value

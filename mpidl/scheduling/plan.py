@@ -119,9 +119,9 @@ class GroupPlan:
             index=index,
             epoch=epoch,
             first_iteration=first,
-            assignment=Assignment(partitions, tuple(int(start) for start in starts)),
-            spans=tuple((int(a), int(b)) for a, b in spans),
-            learning_rates=tuple(tuple(float(rate) for rate in row) for row in rates.reshape(iterations, groups)),
+            assignment=Assignment(partitions, tuple(starts.tolist())),
+            spans=tuple(map(tuple, spans.tolist())),
+            learning_rates=tuple(map(tuple, rates.reshape(iterations, groups).tolist())),
             actions=Action(actions),
             budget_s=budget_s,
         )

@@ -54,6 +54,20 @@ def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
     return "  ".join(f"{name} {measure(name, fields[name])}" for name in names if name in fields)
 
 
+def phases(seconds: Mapping[str, float]) -> str:
+    """`compute 81 %, waiting for data 0.4 %, ...`: the shares of the iterations' time.
+
+    Args:
+        seconds: by phase; "load" is waiting for data, "total" all of it.
+    """
+    total = seconds["total"]
+    named = {("waiting for data" if name == "load" else name.replace("_", " ")): s for name, s in seconds.items()}
+    others = total - sum(s for name, s in seconds.items() if name != "total")
+    shares = sorted(({**named, "other": others}).items(), key=lambda item: -item[1])
+    told = [(name, 100 * s / total) for name, s in shares if name != "total" and (s > 0 or name == "waiting for data")]
+    return ", ".join(f"{name} {share:.0f} %" if share >= 10 else f"{name} {share:.2g} %" for name, share in told)
+
+
 def of_start(fields: Fields) -> list[tuple[str, str]]:
     """The rows of the first table: what was derived from the configuration and the machine.
 
@@ -101,6 +115,10 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     if "dropped_partitions" in fields:
         repeated = _number(fields["repeated_iterations"], "iteration")
         rows.append(("dropped", f"{_number(fields['dropped_partitions'], 'partition')}; {repeated} repeated"))
+    if fields.get("phases", {}).get("total"):
+        rows.append(("iterations' time", phases(fields["phases"])))
+    if fields.get("groups"):
+        rows.append(("coordination", _coordination(fields)))
     if fields.get("loss") is not None:
         rows.append(("training loss", measure("loss", fields["loss"])))
     validation = fields.get("validation") or {}
@@ -172,6 +190,14 @@ def _owners(ranges: Sequence[Sequence[int]]) -> str:
     if len(texts) > _RANKS_SHOWN:
         texts[_RANKS_SHOWN:] = [f"... {texts[-1]}"]
     return ", ".join(texts)
+
+
+def _coordination(fields: Fields) -> str:
+    """`0.42 % of the time; 21 groups of 1 to 23 iterations`."""
+    smallest, largest = fields["group_sizes"]
+    sizes = str(largest) if smallest == largest else f"{smallest} to {largest}"
+    groups = f"{_number(fields['groups'], 'group')} of {sizes} iteration{'' if largest == 1 else 's'}"
+    return f"{100 * fields['coordination_share']:.2g} % of the time; {groups}"
 
 
 def _software(fields: Fields) -> str:

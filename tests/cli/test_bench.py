@@ -18,6 +18,7 @@ MISTAKES = {
     "way": (["sync", "--ways", "mpidl-ordred"], "unknown way 'mpidl-ordred'; did you mean mpidl-ordered"),
     "model": (["sync", "--model", "vgg"], "unknown model 'vgg'"),
     "step's model": (["step", "--model", "vgg"], "allowed are digits_cnn"),
+    "earlier figures": (["plan", "--with", "no.json"], "--with no.json cannot be read"),
     "file": (["kernels", "--json", "no/folder/x.json"], "there is no folder no/folder"),
 }
 
@@ -32,6 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed,
         "step": ["step", *few, "--model", "lenet5", "--batch", "4", "--iterations", "2", "--optimizer", "adam"],
         "kernels": ["kernels", *few, "--millions", "0.02"],
         "balance": ["balance", *few, "--partitions", "6"],
+        "plan": ["plan", *few, "--group-sizes", "1,5", "--partitions", "4", "--picture", str(folder / "plan.png")],
     }
     commands = {name: ["bench", *line, "--json", str(folder / f"{name}.json")] for name, line in lines.items()}
     mistakes = {name: ["bench", *line] for name, (line, _) in MISTAKES.items()}
@@ -104,6 +106,16 @@ def test_step_tells_where_an_iteration_s_time_goes(measured: tuple[Path, Complet
 
 def test_the_picture_is_drawn(measured: tuple[Path, Completed, Told]) -> None:
     assert (measured[0] / "sync.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_tells_the_calls_of_a_group(measured: tuple[Path, Completed, Told]) -> None:
+    rows = document(measured, "plan")["rows"]
+    calls = {row["group_size"]: row["calls_per_group"] for row in rows if row["way"] == "mpidl"}
+    assert calls == {1: 2, 5: 2}
+    printed = measured[1].stdout
+    assert printed.count("bench plan: control of an iteration") == 1, "once, from one rank"
+    assert "no model: it takes three numbers of ranks" in printed
+    assert (measured[0] / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", MISTAKES)

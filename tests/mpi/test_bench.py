@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mpidl.bench import gloo, horovod, limits, step, sync
+from mpidl import cli
+from mpidl.bench import control, gloo, horovod, limits, plan, step, sync
 from mpidl.bench.cases import OPTIMIZERS, Exchanged, batch_for, build_model
+from mpidl.bench.central import Central
+from mpidl.bench.control import ControlOnly, Groups
 from mpidl.bench.exchange_ways import WAYS, GlooAllreduce
 from mpidl.bench.measuring import time_in_turn
 from mpidl.bench.step_ways import ALONE, Alone, Clock, Ddp
-from mpidl.errors import DisagreementError
+from mpidl.errors import ConfigError, DisagreementError
 from mpidl.runtime import World, faults
 from tests.mpi.worlds import node_layouts, with_nodes
 
@@ -116,3 +120,87 @@ def test_the_copy_that_is_the_limit_moves_a_rank_s_part_of_the_bytes(world: Worl
         assert torch.equal(copy._target, torch.ones(1000))
         total = other.allreduce(np.array([2 * 4 * copy._source.numel()]))
         assert total[0] == 8000 * other.size
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 5])
+def test_a_group_is_two_calls_whatever_its_size(world: World, group_size: int) -> None:
+    trainer = ControlOnly(world, 8, None)
+    way = Groups(trainer, group_size, 3, 0.0)
+    for _ in range(2):
+        way.prepare()
+        way.run()
+        assert way.calls_per_group == 2
+        assert len(way._executor.control_s) == 3 + 2, "one group before those that are timed, one behind"
+        seconds, waits = way.take()
+        assert seconds > 0 == waits
+    trainer.close()
+
+
+def test_what_iterations_take_is_not_control(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def compute(seconds: float) -> None:
+        now[0] += seconds
+
+    trainer = ControlOnly(world, 8, None)
+    way = Groups(trainer, 2, 3, 0.5)
+    way.prepare()
+    monkeypatch.setattr(control, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(control, "pause", compute)
+    way.run()
+    assert now[0] == (3 + 2) * 2 * 0.5
+    assert way.take()[0] == 0
+    trainer.close()
+
+
+@pytest.mark.parametrize("partitions", [8, 13])
+def test_every_task_is_sent_to_the_rank_that_has_it_and_answered_once(world: World, partitions: int) -> None:
+    way = Central(world, partitions, 3, 0.004)
+    for _ in range(2):
+        way.prepare()
+        way.run()
+        seconds, waits = way.take()
+        if world.rank > 0:
+            assert (seconds, waits, way.answers) == (0, 0, [])
+            continue
+        assert [(a.iteration, a.partition) for a in sorted(way.answers)] == [
+            (iteration, partition) for iteration in range(3 + 1) for partition in range(partitions)
+        ]
+        assert all(answer.samples == 1 for answer in way.answers)
+        assert seconds >= waits >= 3 * 0.004, "three iterations are timed; a sleep may be longer, never shorter"
+        assert (way.num_bytes > 0) == (world.size > 1)
+
+
+def test_a_task_that_was_left_out_is_found(world: World) -> None:
+    way = Central(world, 8, 2, 0.0)
+    way.prepare()
+    way.run()
+    if world.rank == 0:
+        del way.answers[5]
+        with pytest.raises(DisagreementError, match="not answered exactly once"):
+            way.check()
+
+
+def test_plan_measures_both_at_every_size_and_the_same_on_all_ranks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MESSAGE_BYTES": (64,), "RANKS_IN_PLAN": (10,), "_NUM_GROUPS": 3, "_NUM_TASKS": 32}.items():
+        monkeypatch.setattr(plan, name, value)
+    parsed = cli.parse(["bench", "plan", "--repeats", "1", "--group-sizes", "1,4", "--partitions", "8,16"])
+    found = plan.measure(world, parsed)
+    assert len(set(world.allgather_object(repr(found.rows)))) == 1
+    groups = {(row["group_size"], row["partitions"]) for row in found.rows if row["way"] == "mpidl"}
+    assert groups == {(1, 16), (4, 8), (4, 16)}
+    assert [row["partitions"] for row in found.rows if row["way"] == "central"] == [8, 16]
+    for row in found.rows:
+        assert row["seconds"] > 0
+        assert row["share"] == pytest.approx(row["seconds"] / 0.05)
+        assert row["ranks_per_core"] >= 1
+
+
+def test_fewer_partitions_than_ranks_are_refused_before_anything_is_measured(world: World) -> None:
+    parsed = cli.parse(["bench", "plan", "--partitions", "1"])
+    if world.size > 1:
+        with pytest.raises(ConfigError, match="ranks but at most 1 partitions") as caught:
+            plan.measure(world, parsed)
+        assert faults.is_on_all_ranks(caught.value)

@@ -157,6 +157,28 @@ def test_a_resumed_run_has_the_plateau_rates_of_the_undisturbed_one(world: World
     assert differing(train(shared_tmp_path / "longer", 6, resume=True), undisturbed) == []
 
 
+def test_a_run_with_a_narrow_wire_resumes_to_the_bits_of_the_undisturbed_one(
+    world: World, shared_tmp_path: Path
+) -> None:
+    data = classes(64)
+    job = job_of(*data, optimizer=ADAM, epochs=2)
+    name = "checkpoints/epoch-000001"
+    for sizes in dict.fromkeys((node_layouts(world)[0], node_layouts(world)[-1])):
+        folder = shared_tmp_path / "-".join(map(str, sizes))
+        whole, run_dir = folder / "whole", folder / "resumed"
+        with as_the_world(world, sizes):
+            undisturbed, resumed = made(normalised), made(normalised, seed=90)
+            history = fit(undisturbed, job, data, whole, wire="bfloat16")
+            on_rank_0(world, functools.partial(shutil.copytree, whole / name, run_dir / name))
+            again = fit(resumed, job, data, run_dir, resume=True, wire="bfloat16")
+        assert differing(resumed.state_dict(), undisturbed.state_dict()) == [], sizes
+        assert numbers(again) == numbers(history)[-len(again) :]
+        masters = [checkpoint.load_weights(each, epoch=2) for each in (whole, run_dir)]
+        assert differing(*masters) == []
+        seen = undisturbed.state_dict()["0.weight"]
+        assert torch.equal(seen, masters[0]["0.weight"]) == (len(sizes) == 1), "masters are finer than what travels"
+
+
 def test_a_resumed_run_can_be_longer_than_was_planned(world: World, shared_tmp_path: Path) -> None:
     data = classes(64)
     expected, model = made(dense), made(dense)

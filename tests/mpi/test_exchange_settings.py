@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import pickle
 import threading
@@ -18,6 +19,7 @@ import mpidl
 from mpidl.errors import LayoutError, NonFiniteLossError
 from mpidl.parameters import layout, synchronizer
 from mpidl.parameters.bucket_size import COUNTED, SETTLING, BucketSize
+from mpidl.parameters.team import Helpers
 from mpidl.runtime import World
 from tests.mpi.cases import ADAM, NUM_FEATURES, SGD, dense, made
 from tests.mpi.worlds import node_layouts, with_nodes
@@ -172,6 +174,32 @@ def test_buckets_of_any_size_give_the_same_bits(world: World, monkeypatch: pytes
             with with_nodes(world, sizes) as other:
                 model, _ = trained(other, 3, SGD, bucket_mb=bucket_mb)
             assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"wire": "bfloat16"}, {"wire": "bfloat16", "error_feedback": True}])
+def test_the_threads_that_share_the_sums_change_no_bit(
+    world: World, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpidl.parameters.team.PART_SIZE", 4096)
+    helped: list[int] = []
+    ask = Helpers.ask
+
+    def asking(helpers: Helpers, task: Any, number: int) -> None:
+        helped.append(number)
+        ask(helpers, task, number)
+
+    monkeypatch.setattr(Helpers, "ask", asking)
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            expected, _ = trained(other, 3, SGD, **settings)
+            assert not helped
+            for threads in (2, 3):
+                several = dataclasses.replace(other, threads_per_rank=threads)  # torch keeps one
+                model, _ = trained(several, 3, SGD, **settings)
+                assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+            # Between nodes only if this thread waits when messages are packed; the last shard may be too small.
+            assert helped or len(sizes) > 1 or world.rank > 0
+            helped.clear()
 
 
 def test_the_bucket_size_settles_on_the_fastest_of_the_slowest_rank(

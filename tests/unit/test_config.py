@@ -116,9 +116,11 @@ def test_flags_are_converted_to_their_fields_types() -> None:
     assert parse(
         "--batch-size", "32", "--lr", "1e-3", "--group-size", "auto", "--threads-per-rank", "2",
         "--optimizer-args", "{momentum = 0.9, nesterov = true}", "--reduction", "mpi", "--run-dir", "runs/x",
+        "--error-feedback", "true",
     ) == {
         "batch_size": 32, "lr": 0.001, "group_size": "auto", "threads_per_rank": 2,
         "optimizer_args": {"momentum": 0.9, "nesterov": True}, "reduction": "mpi", "run_dir": "runs/x",
+        "error_feedback": True,
     }  # fmt: skip
 
 
@@ -129,6 +131,8 @@ def test_flags_are_converted_to_their_fields_types() -> None:
         (("--epochs", "0"), "--epochs: epochs is 0, must be at least 1"),
         (("--group-size", "x"), "--group-size is 'x', must be an integer or 'auto'"),
         (("--optimizer-args", "momentum=0.9"), "--optimizer-args is 'momentum=0.9', must be a table such as"),
+        (("--error-feedback", "yes"), "--error-feedback is 'yes', must be true or false"),
+        (("--error-feedback", "1"), "error_feedback is 1 (int), must be true or false"),
         (("--model-args", "3"), "--model-args: model_args is 3 (int), must be a table"),
         (("--schedule", "cosin"), "did you mean cosine?"),
     ],
@@ -170,6 +174,7 @@ tables = st.dictionaries(
     group_size=st.integers(1, 10**12) | st.just("auto"),
     data_dir=st.none() | texts.filter(bool),
     model_args=tables,
+    error_feedback=st.booleans(),
 )
 def test_what_is_written_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
@@ -177,8 +182,9 @@ def test_what_is_written_reads_back_equal(
     group_size: Any,
     data_dir: str | None,
     model_args: dict[str, Any],
+    error_feedback: bool,
 ) -> None:
-    made = Config(lr=lr, group_size=group_size, data_dir=data_dir, model_args=model_args)
+    made = Config(lr=lr, group_size=group_size, data_dir=data_dir, model_args=model_args, error_feedback=error_feedback)
     job = tmp_path_factory.mktemp("job") / "job.toml"
     job.write_bytes(to_toml(made).encode())
     assert load(job) == made

@@ -19,7 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidl import kernels
-from mpidl.kernels import BLOCK_SIZE, MAX_OPERANDS, add_rows, divide, from_bfloat16, mean_rows, to_bfloat16
+from mpidl.kernels import (
+    BLOCK_SIZE,
+    MAX_OPERANDS,
+    add_rows,
+    divide,
+    from_bfloat16,
+    mean_rows,
+    to_bfloat16,
+    to_bfloat16_with_feedback,
+)
 from mpidl.kernels import wire as wire_kernels
 from mpidl.kernels.summation import CHUNK_SIZE
 from mpidl.kernels.summation import KINDS as DESCRIBED
@@ -258,10 +267,42 @@ def test_words_of_any_length_are_those_of_torch(size: int) -> None:
     assert back.tobytes() == expected.float().numpy().tobytes()
 
 
+def fed_back(values: Float32Array, residuals: Float32Array) -> tuple[npt.NDArray[np.uint16], Float32Array]:
+    words, left = np.zeros(values.size, np.uint16), residuals.copy()
+    kept = values.copy()
+    to_bfloat16_with_feedback(values, left, words)
+    assert values.tobytes() == kept.tobytes()
+    return words, left
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_words_and_what_they_are_short_of_make_up_values_and_residuals(size: int) -> None:
+    values, residuals = (row[:-1].copy() for row in make_rows(2, size))
+    words, left = fed_back(values, residuals)
+    back = np.zeros(size, np.float32)
+    from_bfloat16(words, back)
+    assert words.tobytes() == words_of(values + residuals).tobytes()
+    assert np.array_equal(back.astype(np.float64) + left, (values + residuals).astype(np.float64))
+
+
+@pytest.mark.parametrize("lower", LOWER_HALVES)
+def test_a_word_that_is_not_finite_leaves_nothing(lower: int) -> None:
+    values = floats_of(lower)
+    words, left = fed_back(values, np.zeros_like(values))
+    back = np.zeros_like(values)
+    from_bfloat16(words, back)
+    is_number = np.isfinite(back)
+    assert np.array_equal(left[is_number], values[is_number] - back[is_number])
+    assert not left[~is_number].any()
+    assert np.isfinite(left).all()
+
+
 # --- compiling --------------------------------------------------------------------------------------------------------
 
-NAMES = ["add_rows", "mean_rows", "divide", "wire._round", "wire._widen"]
-DISPATCHERS: list[Any] = [add_rows, mean_rows, divide, wire_kernels._round, wire_kernels._widen]
+NAMES = ["add_rows", "mean_rows", "divide", "wire._round", "wire._widen", "to_bfloat16_with_feedback"]
+DISPATCHERS: list[Any] = [
+    add_rows, mean_rows, divide, wire_kernels._round, wire_kernels._widen, to_bfloat16_with_feedback,
+]  # fmt: skip
 
 
 def compiled() -> list[Any]:
@@ -278,6 +319,7 @@ def test_calls_of_any_size_compile_nothing() -> None:
             run_add(make_rows(rows, size), steps)
             divide(mean, 3.0, squares)
             from_bfloat16(words_of(mean), mean)
+            fed_back(mean, mean)
     assert before == compiled()
     assert [len(signatures) for signatures, _ in before] == [1] * len(NAMES)
 
@@ -302,7 +344,9 @@ REPORT = """
 import json
 from mpidl import kernels
 from mpidl.kernels import wire
-found = [kernels.add_rows, kernels.mean_rows, kernels.divide, wire._round, wire._widen]
+found = [
+    kernels.add_rows, kernels.mean_rows, kernels.divide, wire._round, wire._widen, kernels.to_bfloat16_with_feedback
+]
 print(json.dumps([[sum(k.stats.cache_hits.values()), sum(k.stats.cache_misses.values())] for k in found]))
 """
 

@@ -50,6 +50,7 @@ def test_no_two_borrowers_share_memory_and_as_much_is_kept_as_was_out_at_once(se
         assert (array == value).all()
         stack.close()
     assert len(scratch._free) == most
+    assert scratch.num_bytes == sum(each.size for each in scratch._free)
 
 
 def test_memory_comes_back_after_an_exception() -> None:

@@ -198,9 +198,30 @@ def test_many_ranks_are_cut_short() -> None:
     assert rows["ranks"].startswith("64 ranks on 1 node (node0, node1, node2, node3, node4, node5, ...)")
 
 
+@pytest.mark.parametrize(
+    ("groups", "sizes", "text"),
+    [
+        (21, [1, 23], "0.42 % of the time; 21 groups of 1 to 23 iterations"),
+        (1, [1, 1], "0.42 % of the time; 1 group of 1 iteration"),
+        (3, [5, 5], "0.42 % of the time; 3 groups of 5 iterations"),
+    ],
+)
+def test_the_end_tells_the_share_of_coordination_and_the_groups(groups: int, sizes: list[int], text: str) -> None:
+    fields = {**END, "groups": groups, "group_sizes": sizes, "coordination_s": 0.3, "coordination_share": 0.0042}
+    assert dict(tables.of_end(fields))["coordination"] == text
+    assert "coordination" not in dict(tables.of_end(END)), "nothing was run"
+
+
 def test_a_failed_run_shows_its_message_and_a_resumed_one_where_it_began() -> None:
     failed = dict(
         tables.of_end({**END, "status": "failed", "message": "loss is nan", "validation": None, "loss": None})
     )
     assert failed["message"] == "loss is nan"
     assert dict(tables.of_start({**START, "first_iteration": 23}))["resumed"] == "after iteration 23 of 69"
+
+
+def test_the_end_tells_the_shares_of_the_iterations_time_largest_first() -> None:
+    found = dict(
+        tables.of_end({**END, "phases": {"load": 0.05, "compute": 8.0, "wait": 1.0, "update": 0.0, "total": 10.0}})
+    )
+    assert found["iterations' time"] == "compute 80 %, wait 10 %, other 9.5 %, waiting for data 0.5 %"
