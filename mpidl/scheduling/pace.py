@@ -120,7 +120,7 @@ class Estimates:
         A rank's own, or the ranks' median where that is more: a few measurements may agree by chance.
         """
         looked_at = self._looked_at()
-        within = np.median([errors for _, errors, _ in looked_at], axis=0)
+        within = np.median([errors for _, errors, _ in looked_at], axis=0) / np.sqrt((1 + len(looked_at)) / 2)
         unknown = _ONE_ITERATION_ERROR / sum(number for _, _, number in looked_at)
         found: Float64Array = np.hypot(within, unknown)
         if len(self._changes) < FEWEST_GROUPS:
