@@ -119,6 +119,17 @@ class Config:
     wire: Literal["float32", "bfloat16"] = setting(
         "float32", "what travels between nodes; bfloat16: half the bytes, and the result depends on the nodes too"
     )
+    balance: Literal["auto", "on", "off"] = setting(
+        "auto", "move partitions from slow ranks to fast ones; auto: where it changes no bit of the result"
+    )
+    drop_share: float = setting(
+        0.0, "share of an iteration's partitions that may be dropped where ranks are late; it changes the result",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    drop_budget_s: float | None = setting(
+        None, "seconds of an iteration after which a rank drops what it has not started; default: learned", minimum=0
+    )
+    drop_warmup: int = setting(50, "iterations from which drop_budget_s is learned", minimum=1)
     error_feedback: bool = setting(
         False, "with wire bfloat16: what rounding takes from a gradient is kept and added to the next one"
     )

@@ -48,5 +48,9 @@ class NonFiniteLossError(MpidlError):
     exit_code = 3
 
 
+class TooManyDroppedError(MpidlError):
+    """More of an iteration's partitions were dropped than may be; every rank repeats the iteration."""
+
+
 class DisagreementError(MpidlError):
     """Two ways of a benchmark do not give the same result."""

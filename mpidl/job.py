@@ -34,6 +34,8 @@ _RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "plans.jsonl", "checkpoints", "wei
 
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 
+_BALANCE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -81,6 +83,10 @@ def build_trainer(
         seed=config.seed,
         reduction=config.reduction,
         wire=config.wire,
+        balance=_BALANCE[config.balance],
+        drop_share=config.drop_share,
+        drop_budget_s=config.drop_budget_s,
+        drop_warmup=config.drop_warmup,
         error_feedback=config.error_feedback,
         bucket_mb=None if config.bucket_mb == "auto" else config.bucket_mb,
         clip_norm=config.clip_norm,

@@ -14,7 +14,16 @@ from mpidl.data import Loader, Source
 from mpidl.errors import ConfigError
 from mpidl.parameters import OptimizerFactory
 from mpidl.runtime import World
-from mpidl.scheduling import LossFunction, Metric, ScheduleFactory, Trigger, as_trigger, evaluate, last_partitions
+from mpidl.scheduling import (
+    LossFunction,
+    Metric,
+    ScheduleFactory,
+    Trigger,
+    as_trigger,
+    evaluate,
+    last_partitions,
+    most_dropped,
+)
 from mpidl.sync_batchnorm import needs_lockstep
 from mpidl.telemetry import Telemetry
 
@@ -35,6 +44,10 @@ class Settings:
     seed: int
     reduction: str
     wire: str
+    balance: bool | str
+    drop_share: float
+    drop_budget_s: float | None
+    drop_warmup: int
     error_feedback: bool
     bucket_mb: float | None
     clip_norm: float | None
@@ -90,8 +103,34 @@ class Settings:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None")
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
+        if self.balance not in (True, False, "auto"):
+            raise ConfigError(f'balance is {self.balance!r}; it must be True, False or "auto"')
         if not self.max_group_seconds > 0:
             raise ConfigError(f"max_group_seconds is {self.max_group_seconds}; it must be above 0")
+        self._check_dropping()
+
+    def _check_dropping(self) -> None:
+        share, budget_s = self.drop_share, self.drop_budget_s
+        if not 0 <= share < 1:
+            raise ConfigError(f"drop_share is {share}; it must be at least 0 (nothing is dropped) and below 1")
+        if budget_s is not None and not 0 < budget_s < float("inf"):
+            raise ConfigError(f"drop_budget_s is {budget_s}; it must be a number of seconds above 0, or None")
+        if self.drop_warmup < 1:
+            raise ConfigError(f"drop_warmup is {self.drop_warmup}; it must be at least 1 iteration")
+        if share == 0:
+            if budget_s is not None:
+                raise ConfigError(f"drop_budget_s is {budget_s}, but drop_share 0 lets nothing be dropped; give both")
+            return
+        if not most_dropped(share, self.partitions):
+            raise ConfigError(
+                f"drop_share {share} of {self.partitions} partitions is less than one; give at least "
+                f"{1 / self.partitions:.3g}, or more partitions"
+            )
+        if needs_lockstep(self.model):
+            raise ConfigError(
+                "the model has SyncBatchNorm, whose forward all ranks have to run together, so none may drop its part; "
+                "leave drop_share out, or keep torch's BatchNorm"
+            )
 
     def check_lockstep(self, world: World, num_samples: int) -> None:
         """Raise ConfigError where a model whose forward is a collective would not run once on every rank."""

@@ -11,7 +11,10 @@ import torch
 
 from mpidl._version import __version__
 from mpidl.parameters import ParameterManager
-from mpidl.scheduling import Triggers
+from mpidl.scheduling import Move, Triggers
+
+_RANKS_TOLD = 16
+"""All ranks' partitions are told for so many."""
 
 
 def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
@@ -41,9 +44,11 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
         "iterations_per_epoch": triggers.iterations_per_epoch,
         "total_iterations": triggers.total_iterations,
         "first_iteration": facts["first_iteration"],
-        "bits": _class_of_bits(facts["reduction"], facts["wire"]),
+        "bits": "none" if facts["drop_share"] else _class_of_bits(facts["reduction"], facts["wire"]),
         "reduction": facts["reduction"],
         "wire": facts["wire"],
+        "balance": facts["balance"],
+        "drop_share": facts["drop_share"],
         "seed": facts["seed"],
         "library": world.library,
         "run_dir": facts["run_dir"],
@@ -53,6 +58,29 @@ def describe_start(facts: dict[str, Any]) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
+    }
+
+
+def describe_move(move: Move, hostnames: Sequence[str]) -> dict[str, Any]:
+    """The fields of a "balance" event, which follows the "group" event whose report it is drawn from.
+
+    Args:
+        move: the decision.
+        hostnames: of each rank.
+    """
+    before, after = np.diff(move.before.starts).tolist(), np.diff(move.after.starts).tolist()
+    if len(after) > _RANKS_TOLD:
+        changed = sum(x != y for x, y in zip(before, after, strict=True))
+        told = f"its partitions {before[move.rank]} -> {after[move.rank]}, those of {changed} ranks change"
+    else:
+        told = f"partitions {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
+    name = f"rank {move.rank} ({hostnames[move.rank]})"
+    return {
+        "rank": move.rank,
+        "speed": move.speed,
+        "gain": move.gain,
+        "partition_starts": move.after.starts,
+        "message": f"{name} computes at {move.speed:.2f} of the others' speed: {told}",
     }
 
 

@@ -42,6 +42,12 @@ class Trainer:
         seed: of the order of samples, of augmentation and of dropout.
         reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
+        balance: whether partitions move from slow ranks to fast ones as the run goes on. "auto": where that changes no
+            bit of the result, so not with wire "bfloat16" between nodes, nor where the MPI library adds.
+        drop_share: at most this share of an iteration's partitions may be dropped, where ranks are late; an iteration
+            in which more would be is repeated. 0: nothing is dropped. It changes the numbers.
+        drop_budget_s: seconds of an iteration after which a rank drops what it has not started; None: learned.
+        drop_warmup: iterations to learn it from.
         error_feedback: with "bfloat16": what rounding takes from a gradient is kept and added to the next one.
         bucket_mb: MiB of gradients exchanged together between nodes; None: found out in the first iterations.
         clip_norm: bound of the mean gradient's L2 norm; None: none.
@@ -76,6 +82,10 @@ class Trainer:
         seed: int = 0,
         reduction: str = "ordered",
         wire: str = "float32",
+        balance: bool | str = "auto",
+        drop_share: float = 0.0,
+        drop_budget_s: float | None = None,
+        drop_warmup: int = 50,
         error_feedback: bool = False,
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
@@ -107,6 +117,10 @@ class Trainer:
             seed=seed,
             reduction=reduction,
             wire=wire,
+            balance=balance,
+            drop_share=drop_share,
+            drop_budget_s=drop_budget_s,
+            drop_warmup=drop_warmup,
             error_feedback=error_feedback,
             bucket_mb=bucket_mb,
             clip_norm=clip_norm,

@@ -35,8 +35,10 @@ from mpidl.scheduling import (
     REPORT_FIELDS,
     STOP_FILE,
     Action,
+    Balancer,
     Coordination,
     Coordinator,
+    DropBudget,
     Executor,
     Group,
     GroupPlan,
@@ -57,7 +59,7 @@ from mpidl.scheduling import (
     num_iterations,
 )
 from mpidl.settings import Settings
-from mpidl.summary import describe_end, describe_start
+from mpidl.summary import describe_end, describe_move, describe_start
 from mpidl.telemetry import Telemetry
 
 
@@ -103,6 +105,7 @@ class Training:
             batch_size=settings.batch_size,
             seed=settings.seed,
             stop_flags=self._stop_requests.flags,
+            drop_share=settings.drop_share,
         )
         self._coordination = Coordination()
         self._group_size = GroupSize(settings.group_size, settings.max_group_seconds)
@@ -116,6 +119,8 @@ class Training:
         size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._history: list[dict[str, Any]] = []
+        self._told_drops: dict[str, NDArray[np.float64]] = {}
+        self._told = manager.assignment  # the metrics have the ranges when they change
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
         self._plan_log: PlanLog | None = None
@@ -172,6 +177,8 @@ class Training:
             triggers=self._triggers,
             group_size=group_size,
             learning_rates=learning_rates,
+            balancer=self._make_balancer(),
+            drop_budget=self._make_drop_budget(),
             first_iteration=self._first_iteration,
         )
 
@@ -190,6 +197,18 @@ class Training:
             self._triggers.validated(result)
             if self._coordinator is not None:
                 self._coordinator.validated(result["iteration"], result)
+
+    def _make_balancer(self) -> Balancer | None:
+        wanted, manager = self._settings.balance, self._manager
+        if wanted == "auto":
+            wanted = manager.moves_keep_bits
+        return Balancer(manager.assignment, manager.world.node_of) if wanted else None
+
+    def _make_drop_budget(self) -> DropBudget | None:
+        settings = self._settings
+        if not settings.drop_share:
+            return None
+        return DropBudget(settings.drop_share, settings.drop_budget_s, settings.drop_warmup)
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
@@ -269,8 +288,7 @@ class Training:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
         with self._coordination.timed():
             plan = self._channel.receive()
-        self._executor.request(plan)
-        return plan
+        return self._executor.accept(plan)
 
     def _iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
         try:
@@ -280,6 +298,8 @@ class Training:
             self._fail(error)
             raise
         self._progress.iteration += 1
+        if self._coordinator is not None:
+            self._coordinator.note(table)
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
         for each in (self._progress.epoch_sums, self._group_sums, self._summary_sums):
             each += sums
@@ -291,11 +311,13 @@ class Training:
             self._gather_report(plan, num_iterations, seconds)
 
     def _gather_report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
-        times = self._world.for_purpose("report").gather(self._executor.take_seconds())
+        own = np.concatenate([self._executor.take_seconds(), self._executor.take_pace()])
+        report = self._world.for_purpose("report").gather(own)
         coordination_s = self._coordination.end_group(num_iterations, seconds)
         sums, self._group_sums = self._group_sums, np.zeros(3)
-        if self._coordinator is None or times is None:
+        if self._coordinator is None or report is None:
             return
+        times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
         self._coordinator.observe(plan, seconds, coordination_s)
         self._phase_seconds += [*times.mean(axis=0), seconds]
         busy = times[:, :2].sum(axis=1)
@@ -316,7 +338,25 @@ class Training:
             phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
             wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
             slowest_rank=int(busy.argmax()),
+            seconds_per_sample=paces[:, 0].tolist(),
+            **self._drops("group"),
+            **({} if plan.assignment == self._told else {"partition_starts": plan.assignment.starts}),
         )
+        self._told = plan.assignment
+        least = dict(zip(REPORT_FIELDS, times.min(axis=0).tolist(), strict=True))
+        move = self._coordinator.balance(plan, paces, least)
+        if move is not None:
+            iteration = plan.first_iteration + num_iterations
+            self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
+
+    def _drops(self, event: str) -> dict[str, int]:
+        """What was dropped since the last event of this name; nothing where nothing may be dropped."""
+        if not self._settings.drop_share:
+            return {}
+        now = self._executor.drops.copy()
+        dropped, repeated = now - self._told_drops.get(event, 0)
+        self._told_drops[event] = now
+        return {"dropped_partitions": int(dropped), "repeated_iterations": int(repeated)}
 
     # --- what is due ----------------------------------------------------------------------------------------------
 
@@ -364,7 +404,8 @@ class Training:
 
     def _tell_epoch(self) -> None:
         sums, seconds = self._progress.epoch_sums, time.perf_counter() - self._epoch_began
-        self._event("epoch", loss=float(sums[0] / sums[1]), samples=int(sums[2]), seconds=seconds)
+        loss, samples = float(sums[0] / sums[1]), int(sums[2])
+        self._event("epoch", loss=loss, samples=samples, seconds=seconds, **self._drops("epoch"))
 
     def _summarize(self) -> None:
         """Write down how the training goes: the loss since the last summary, the gradient's norm."""
@@ -463,6 +504,7 @@ class Training:
             iterations=done,
             epochs=done // self._triggers.iterations_per_epoch,
             **{"seconds": time.perf_counter() - self._began, **found},
+            **self._drops("end"),
             **self._coordination.describe(),
             phases=dict(zip((*REPORT_FIELDS, "total"), self._phase_seconds.tolist(), strict=True)),
             run_dir=_text(self._settings.run_dir),
@@ -476,6 +518,8 @@ class Training:
             "group_size": settings.group_size,
             "reduction": settings.reduction,
             "wire": settings.wire,
+            "balance": settings.balance,
+            "drop_share": settings.drop_share,
             "seed": settings.seed,
             "train_samples": self._num_samples,
             "validation_samples": 0 if self._validation is None else len(self._validation),

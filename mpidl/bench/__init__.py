@@ -3,7 +3,7 @@
 `mpidl bench sync` measures an exchange without compute, `mpidl bench step` whole iterations, `mpidl bench kernels` the
 sums of one rank, `mpidl bench plan` what it costs to tell ranks what to compute. The ranks of the run do all ways in
 turn, repetition by repetition, so that all meet the same machine; before anything is timed they must give the same
-results.
+results. `mpidl bench balance` trains with a slow rank, one run after the other.
 
 Importing this package loads neither MPI nor torch.
 """

@@ -35,14 +35,29 @@ def add_benches(bench: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
         )
     kernels = kinds.add_parser("kernels", help="sums and conversions on one rank", allow_abbrev=False)
     kernels.add_argument("--millions", type=_positive(float), default=25.0, help="million elements (default: 25)")
+    balance = kinds.add_parser(
+        "balance", help="iterations with a slow rank, with and without moves", allow_abbrev=False
+    )
+    balance.add_argument(
+        "--slow", choices=("wait", "busy"), default="wait",
+        help="the last rank waits longer, or shares its core with a busy process (default: wait)",
+    )  # fmt: skip
+    balance.add_argument("--factor", type=_positive(float), default=2.0, help="how much longer it waits (default: 2)")
+    balance.add_argument("--partitions", type=_positive(int), default=16, metavar="N", help="default: 16")
     plan = kinds.add_parser(
         "plan", help="what it costs to tell ranks what to compute: group plans and a centralised scheduler",
         allow_abbrev=False,
     )  # fmt: skip
     _add_plan(plan)
-    for parser, repeats in ((sync, 15), (step, 8), (kernels, 15), (plan, 9)):
+    for parser, repeats in ((sync, 15), (step, 8), (kernels, 15), (plan, 9), (balance, 6)):
         _add_common(parser, repeats)
-    return {"bench sync": sync, "bench step": step, "bench kernels": kernels, "bench plan": plan}
+    return {
+        "bench sync": sync,
+        "bench step": step,
+        "bench kernels": kernels,
+        "bench plan": plan,
+        "bench balance": balance,
+    }
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

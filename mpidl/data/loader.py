@@ -81,6 +81,18 @@ class Loader:
         self._num_outstanding -= 1
         return self._reader.next()
 
+    def skip(self) -> None:
+        """Forget the oldest batch that was requested and not yet given, without waiting for it.
+
+        Raises:
+            IndexError: nothing is outstanding.
+        """
+        self._check_open()
+        if not self._num_outstanding:
+            raise IndexError("no batch is outstanding; call request first")
+        self._num_outstanding -= 1
+        self._reader.skip()
+
     def close(self) -> None:
         """End the thread or the processes and forget all requests. A second call does nothing."""
         self._finalizer()
@@ -104,6 +116,8 @@ class _Reader(Protocol):
     def request(self, request: Request) -> None: ...
 
     def next(self) -> Batch: ...
+
+    def skip(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -135,6 +149,9 @@ class _InlineReader:
         with kept_random_state(), _one_torch_thread():
             return self._source.read(indices, self._order.seeds(request.epoch, indices))
 
+    def skip(self) -> None:
+        self._queued.popleft()
+
     def close(self) -> None:
         self._queued.clear()
 
@@ -145,9 +162,10 @@ class _ThreadReader:
     def __init__(self, source: Source, order: Order) -> None:
         self._source = source
         self._order = order
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards the four below
         self._queued: deque[Request] = deque()
         self._outcomes: deque[tuple[Batch, Exception | None]] = deque()
+        self._num_skipped = 0  # of those that are not read yet, the first ones
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="mpidl-loader", daemon=True)
         self._thread.start()
@@ -166,6 +184,14 @@ class _ThreadReader:
             raise error
         return batch
 
+    def skip(self) -> None:
+        with self._changed:
+            if self._outcomes:
+                self._outcomes.popleft()
+            else:
+                self._num_skipped += 1
+            self._changed.notify_all()
+
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
@@ -183,8 +209,13 @@ class _ThreadReader:
                 requests = [] if looked_up else self._take_requests()
             if requests:
                 looked_up.extend(self._order.indices(requests))
-            outcome = self._read(looked_up.popleft())
+            indices = looked_up.popleft()
+            if self._num_skipped == 0:
+                outcome = self._read(indices)
             with self._changed:
+                if self._num_skipped:  # perhaps since it was read
+                    self._num_skipped -= 1
+                    continue
                 self._outcomes.append(outcome)
                 self._changed.notify_all()
 

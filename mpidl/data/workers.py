@@ -84,6 +84,15 @@ class WorkerPool:
         finally:
             self._send()
 
+    def skip(self) -> None:
+        """Forget the oldest batch that was requested; does not block."""
+        if self._num_sent == self._num_taken:
+            self._queued.popleft()
+            return
+        self._workers[self._num_taken % len(self._workers)].skip()
+        self._num_taken += 1
+        self._send()
+
     def close(self) -> None:
         """End all processes and threads, within a few seconds."""
         for worker in self._workers:
@@ -93,9 +102,11 @@ class WorkerPool:
             worker.end(deadline)
 
     def _send(self) -> None:
-        while self._queued and self._num_sent - self._num_taken < _BATCHES_PER_WORKER * len(self._workers):
+        under_way = self._num_sent - self._num_taken + sum(worker.num_skipped() for worker in self._workers)
+        while self._queued and under_way < _BATCHES_PER_WORKER * len(self._workers):
             self._workers[self._num_sent % len(self._workers)].send(self._queued.popleft())
             self._num_sent += 1
+            under_way += 1
 
 
 class _WorkerDiedError(ReadError):
@@ -123,6 +134,7 @@ class _Worker:
         self._input, self._output = self._process.stdin, self._process.stdout
         # Over the two below and writing to the input. Reentrant, since the garbage collector may close loaders.
         self._lock = threading.RLock()
+        self._num_skipped = 0
         self._is_listening = False  # whether all that comes before the requests has been written
         self._early: list[Request] = []
         self._outcomes: queue.SimpleQueue[Batch | ReadError] = queue.SimpleQueue()
@@ -142,11 +154,31 @@ class _Worker:
 
     def receive(self) -> Batch:
         outcome = self._outcomes.get()
+        while self._num_skipped and not isinstance(outcome, _WorkerDiedError):
+            self._num_skipped -= 1
+            outcome = self._outcomes.get()
         if isinstance(outcome, _WorkerDiedError):
             self._outcomes.put(outcome)  # for whoever asks again
         if isinstance(outcome, ReadError):
             raise outcome
         return outcome
+
+    def skip(self) -> None:
+        """Throw the next outcome away, when it has come."""
+        self._num_skipped += 1
+
+    def num_skipped(self) -> int:
+        """Outcomes that are still to come, or to be thrown away by `receive`."""
+        while self._num_skipped:
+            try:
+                outcome = self._outcomes.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(outcome, _WorkerDiedError):
+                self._outcomes.put(outcome)
+                break
+            self._num_skipped -= 1
+        return self._num_skipped
 
     def hang_up(self) -> None:
         """Tell the worker that no more requests come."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,16 @@ class Assignment:
         if start == stop:
             return ()
         return (*tree.cover(self.num_partitions, start, stop - 1), (stop - 1, stop))
+
+    def rows_sent(self, node_of: Sequence[int], node: int) -> int:
+        """Rows that a node sends to each other one, its ranks' being added up as far as the tree allows.
+
+        Args:
+            node_of: each rank's node, ascending.
+            node: which one.
+        """
+        first, last = bisect.bisect_left(node_of, node), bisect.bisect_right(node_of, node)
+        return len(tree.cover(self.num_partitions, self.starts[first], self.starts[last]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

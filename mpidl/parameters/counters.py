@@ -1,4 +1,4 @@
-"""What each partition reports with its gradient: loss, weight, samples, flags, the time.
+"""What each partition reports with its gradient: loss, weight, samples, flags, the time, when it was started.
 
 One slot per partition, float64. The counters ride with the gradients, so after the exchange every rank knows every
 partition's values: the exact global loss, the divisor, and which partition's loss is not finite, without a message
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from mpidl.parameters.assignment import Assignment
 from mpidl.runtime import Pending, World, share
 
-FIELDS = ("loss_sum", "weight", "samples", "flags", "seconds")
-LOSS_SUM, WEIGHT, SAMPLES, FLAGS, SECONDS = range(len(FIELDS))
+FIELDS = ("loss_sum", "weight", "samples", "flags", "seconds", "started")
+LOSS_SUM, WEIGHT, SAMPLES, FLAGS, SECONDS, STARTED = range(len(FIELDS))
 
 EQUAL_WEIGHTS = 1
 """Flag: `step` was called without num_samples."""
@@ -25,7 +25,10 @@ EQUAL_WEIGHTS = 1
 TOO_EARLY = 2
 """Flag: gradients changed after their bucket was announced; everything has to be reduced once more."""
 
-FIRST_FREE = 4
+DROPPED = 4
+"""Flag: the partition was not computed; it weighs nothing."""
+
+FIRST_FREE = 8
 """Flags from here on are the caller's own."""
 
 
@@ -42,13 +45,20 @@ class Counters:
         self._segments = [segment.view(np.float64).reshape(shape) for segment in segments]
         self._own = self._segments[world.local_rank]
         self.table: NDArray[np.float64] = np.zeros(shape)
-        """float64, (max_partitions, 5): FIELDS of every partition."""
+        """float64, (max_partitions, 6): FIELDS of every partition."""
 
     def write(
-        self, partition: int, loss_sum: float, weight: float, samples: int, flags: int = 0, seconds: float = 0.0
+        self,
+        partition: int,
+        loss_sum: float,
+        weight: float,
+        samples: int,
+        flags: int = 0,
+        seconds: float = 0.0,
+        started: float = 0.0,
     ) -> None:
         """Set this rank's values of one partition."""
-        self._own[partition] = (loss_sum, weight, samples, flags, seconds)
+        self._own[partition] = (loss_sum, weight, samples, flags, seconds, started)
 
     def read_node(self, world: World, assignment: Assignment) -> None:
         """Copy the counters of this node's partitions into `table`; after the node barrier."""

@@ -2,9 +2,10 @@
 
 Who owns which memory:
 
-- *rows*: each rank's segment of node-shared memory holds its `num_slots` rows. The rank alone writes them; from the
+- *rows*: each rank's segments of node-shared memory hold its `num_slots` rows. The rank alone writes them; from the
   node barrier that says that a bucket of them is complete, to the one at the end of `Synchronizer.synchronize`, every
-  rank of the node may read it.
+  rank of the node may read it. `grow` adds segments of more rows; those that are there stay where they are, so it may
+  be called while an exchange over them is under way.
 - *sums*: each rank's segment that receives the sum over its shard. Its owner alone reads it. With the reduction "mpi"
   on nodes of different sizes another rank of the node writes it.
 - *result*: one copy per node in node-shared memory. A rank writes its own shard; its node's duty rank for shard s
@@ -57,18 +58,35 @@ class Exchange:
     ) -> None:
         self.world = world
         self.size = size
-        self.num_slots = num_slots
         self._pieces: dict[tuple[Bucket, int], list[Slice]] = {}
         self.shards = shards or Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1)
-        self._segments = [segment.view(np.float32) for segment in share(world, 4 * size * num_slots)]
-        own = self._segments[world.local_rank]
-        self.rows: list[Float32Array] = [own[slot * size : (slot + 1) * size] for slot in range(num_slots)]
+        self.num_slots = 0
+        self.rows: list[Float32Array] = []
         """This rank's rows, float32, (size,) each."""
+        self._segments: list[Float32Array] = []  # whom the addresses below belong to
+        self._addresses: list[list[int]] = [[] for _ in range(world.local_size)]
+        """Where the rows of this node's ranks begin, by local rank and slot."""
+        self.grow(num_slots)
         sum_size = self.shards.size_of(world.rank) if with_sums else 0
         self.sums = [segment.view(np.float32) for segment in share(world, 4 * sum_size)]
         """The sums over the shards of this node's ranks, by local rank, float32, (shard size,)."""
         self.result: Float32Array = share(world, 4 * size if world.local_rank == 0 else 0)[0].view(np.float32)
         """The node's one copy, float32, (size,)."""
+
+    def grow(self, num_slots: int) -> None:
+        """Have at least so many rows on this rank. Collective.
+
+        Raises:
+            SharedMemoryError: on every rank: there is no room; the rows are what they were.
+        """
+        more = max(0, num_slots - self.num_slots)
+        segments = [segment.view(np.float32) for segment in share(self.world, 4 * self.size * more)]
+        own = segments[self.world.local_rank]
+        self.rows += [own[slot * self.size : (slot + 1) * self.size] for slot in range(more)]
+        for addresses, segment in zip(self._addresses, segments, strict=True):
+            addresses += range(segment.ctypes.data, segment.ctypes.data + segment.nbytes, max(4 * self.size, 1))
+        self._segments += segments
+        self.num_slots += more
 
     @property
     def sum(self) -> Float32Array:
@@ -101,7 +119,7 @@ class Exchange:
 
     def addresses(self, rows: Sequence[tuple[int, int]], offset: int) -> list[int]:
         """Addresses of the element `offset` of (local rank, slot) rows of this node."""
-        return [self._segments[local].ctypes.data + 4 * (slot * self.size + offset) for local, slot in rows]
+        return [self._addresses[local][slot] + 4 * offset for local, slot in rows]
 
     def duties(self) -> list[int]:
         """The shards, of all ranks, that this rank sums over its node's rows."""

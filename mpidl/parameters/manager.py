@@ -72,7 +72,7 @@ class ParameterManager:
             default: what proves fastest in the first iterations.
         param_groups: as torch's: a list of dicts with "params" and options; must hold every trainable parameter once.
         world: default `mpidl.init()`.
-        assignment: who computes which partitions; default: rank r is partition r.
+        assignment: who computes which partitions at first; default: rank r is partition r. Before others, `reserve`.
 
     Raises:
         LayoutError: on every rank: nothing to train, wrong dtype or device, groups that do not fit, an optimizer that
@@ -206,6 +206,33 @@ class ParameterManager:
 
     # --- partitions -----------------------------------------------------------------------------------------------
 
+    def reserve(self, assignment: Assignment) -> bool:
+        """Make ready for iterations of an assignment of the same partitions, at any time between two. Collective.
+
+        Some ranks may need more rows of gradients; those that were made stay.
+
+        Returns:
+            Whether there is room, the same on every rank; if not, `assignment` must not be used.
+        """
+        try:
+            self._sync.reserve(assignment)
+        except SharedMemoryError as error:
+            warn(f"partitions stay where they are: no room for more rows of gradients: {error}")
+            return False
+        rows = self._sync.gradients.rows
+        self._rows.extend(rows[self._rows.num_rows :])
+        return True
+
+    @property
+    def moves_keep_bits(self) -> bool:
+        """Whether results are the same to the last bit whoever computes which partition."""
+        return self._sync.moves_keep_bits
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds, since `take_times`, in which forward and others waited for weights."""
+        return self._sync.times.seconds["allgather"]
+
     def begin_partition(self, assignment: Assignment, partition: int) -> None:
         """Make ready for one partition's forward and backward: an empty row, the iteration's own buffers.
 
@@ -231,6 +258,7 @@ class ParameterManager:
         samples: int,
         flags: int = 0,
         seconds: float = 0.0,
+        started: float = 0.0,
     ) -> None:
         """Report a partition whose gradient (of the loss *sum*) has been added, and merge rows as the tree allows.
 
@@ -242,9 +270,25 @@ class ParameterManager:
             samples: how many it has.
             flags: what this rank has to tell all others, from `counters.FIRST_FREE` on.
             seconds: this rank's clock.
+            started: seconds from the iteration's begin on this rank to the partition's.
         """
         flags |= 0 if self._close_row(weight) else fields.TOO_EARLY
-        self._sync.counters.write(partition, loss_sum, weight, samples, flags, seconds)
+        self._sync.counters.write(partition, loss_sum, weight, samples, flags, seconds, started)
+        self._sync.merge_own_rows(assignment, partition, self._rows.slot)
+
+    def drop_partition(
+        self, assignment: Assignment, partition: int, flags: int = 0, seconds: float = 0.0, started: float = 0.0
+    ) -> None:
+        """Let a partition add zeros and weigh nothing, in place of begin_partition and end_partition.
+
+        Nothing of its row is announced: what was expected of the iteration's last row is expected of the next one's.
+        """
+        start, _ = assignment.range_of(self.world.rank)
+        self.begin(assignment)
+        self._rows.open(len(tree.cover(assignment.num_partitions, start, partition)))
+        self._rows.close()
+        self._sync.changes.rows[self._rows.slot].fill(0)
+        self._sync.counters.write(partition, 0.0, 0.0, 0, flags | fields.DROPPED, seconds, started)
         self._sync.merge_own_rows(assignment, partition, self._rows.slot)
 
     def _close_row(self, weight: float) -> bool:
@@ -259,21 +303,25 @@ class ParameterManager:
             )
         return holds
 
-    def synchronize(self, assignment: Assignment, *, wait: bool = True) -> NDArray[np.float64]:
+    def synchronize(
+        self, assignment: Assignment, *, wait: bool = True, most_dropped: int | None = None
+    ) -> NDArray[np.float64]:
         """Sum, update and share the weights, once every rank has ended its partitions. Collective.
 
         Args:
             assignment: the one that the partitions were begun with.
             wait: whether to return only when the weights are complete; else they are after `wait`, and until then
                 each module's forward waits for its own.
+            most_dropped: how many partitions may have been dropped; None: any number.
 
         Returns:
-            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
+            float64, (num_partitions, 6): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError: on every rank, before anything was updated; names the partition.
+            TooManyDroppedError: on every rank, before anything was updated: the iteration can be computed anew.
         """
-        table = self._sync.synchronize(assignment, self._update)
+        table = self._sync.synchronize(assignment, self._update, most_dropped)
         if self._gate is not None:
             self._gate.shut()
         self._rows.tell_autograd()

@@ -11,7 +11,7 @@ the row that was closed before. `Announcements` keeps that count, and finds out 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -42,10 +42,10 @@ class GradientRows:
         announce: Callable[[int], None],
     ) -> None:
         self._parameters = parameters
-        self._rows = rows
-        self._views = [
-            [torch.from_numpy(row[slot.offset : slot.stop]).view(slot.shape) for slot in layout.slots] for row in rows
-        ]
+        self._layout = layout
+        self._rows: list[NDArray[np.float32]] = []
+        self._views: list[list[torch.Tensor]] = []
+        self.extend(rows)
         self._addresses = [parameter.data_ptr() for _, parameter in parameters]
         spans = [(slot.offset, max(slot.stop, slot.offset + 1)) for slot in layout.slots]
         self._announcements = Announcements(spans, buckets, announce)
@@ -57,6 +57,19 @@ class GradientRows:
         """The row that is open."""
         self.is_last = False
         """Whether it is the iteration's last."""
+
+    def extend(self, rows: Iterable[NDArray[np.float32]]) -> None:
+        """Take more rows, in the slots behind those there are."""
+        for row in rows:
+            self._rows.append(row)
+            self._views.append(
+                [torch.from_numpy(row[slot.offset : slot.stop]).view(slot.shape) for slot in self._layout.slots]
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return len(self._rows)
 
     def begin(self) -> None:
         """An exchange begins to which nothing was announced yet; `open` comes next."""

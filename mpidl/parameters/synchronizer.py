@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError
+from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError, TooManyDroppedError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment
@@ -61,7 +61,7 @@ class Synchronizer:
         world: all ranks.
         layout: of the trainable parameters.
         buffers: of the model.
-        assignment: the largest one that `synchronize` will be called with.
+        assignment: rows are made for it, and counters for its partitions; `reserve` makes more rows for others.
         reduction: one of STRATEGIES: how gradients reach those who update, and who that is.
         wire: what travels between nodes.
         clipping: of the mean gradient.
@@ -86,8 +86,11 @@ class Synchronizer:
         error_feedback: bool = False,
     ) -> None:
         self.world = world
-        slots = assignment.num_slots(world.rank)
         is_direct = world.num_nodes == 1 and reduction not in BASELINES
+        self.moves_keep_bits = is_direct or (reduction == "ordered" and not wire.rounds)
+        """Whether results are the same to the last bit whoever computes which partition."""
+        self._slots = slots_of(assignment, world.size)
+        slots = self._slots[world.rank]
         shards = _shards(world, layout.size, reduction)
         self.gradients = Exchange(world, layout.size, slots, shards, with_sums=not is_direct)
         """Rows of gradients in, weights out."""
@@ -129,6 +132,21 @@ class Synchronizer:
         self.world.node_barrier()
         self.route.set_changes(Exchange(self.world, self._buffers.layout.size, self.gradients.num_slots))
 
+    def reserve(self, assignment: Assignment) -> None:
+        """Have rows enough for an assignment of the same partitions, for good. Collective; nothing is sent if they are.
+
+        What every rank has follows from the assignments, so all know whether some rank needs more.
+
+        Raises:
+            SharedMemoryError: on every rank: there is no room; the rows that there are stay.
+        """
+        slots = [max(pair) for pair in zip(self._slots, slots_of(assignment, self.world.size), strict=True)]
+        if slots == self._slots:
+            return
+        for exchange in (self.gradients, self.changes):
+            exchange.grow(slots[self.world.rank])
+        self._slots = slots
+
     def merge_own_rows(self, assignment: Assignment, partition: int, slot: int) -> None:
         """Add up this rank's newest rows as far as the tree allows, now that `partition` in row `slot` is done.
 
@@ -144,21 +162,24 @@ class Synchronizer:
     def _add(self, into: Float32Array, other: Float32Array) -> None:
         self._team.run([into.size], lambda _, __, a, b: np.add(into[a:b], other[a:b], out=into[a:b]))
 
-    def synchronize(self, assignment: Assignment, update: ShardOptimizer) -> NDArray[np.float64]:
+    def synchronize(
+        self, assignment: Assignment, update: ShardOptimizer, most_dropped: int | None = None
+    ) -> NDArray[np.float64]:
         """Phases 2 to 4 of an iteration, but for the end of 4, which is `wait`. Collective.
 
         Args:
             assignment: the same on all ranks; this rank has ended all of its partitions.
             update: this rank's optimizer.
+            most_dropped: how many partitions may have been dropped.
 
         Returns:
-            float64, (num_partitions, 5): `counters.FIELDS` of every partition.
+            float64, (num_partitions, 6): `counters.FIELDS` of every partition.
 
         Raises:
-            NonFiniteLossError, LayoutError: on every rank, before anything was updated.
+            NonFiniteLossError, LayoutError, TooManyDroppedError: on every rank, before anything was updated.
         """
         self.times.start()
-        table = self._collect(assignment)
+        table = self._collect(assignment, most_dropped)
         self.route.wait()  # what is left of the last iteration; nobody computes with it any more
         self.times.lap("allgather")
         weight = float(table[:, fields.WEIGHT].sum())
@@ -196,7 +217,7 @@ class Synchronizer:
         self.world.node_barrier()
         self.route.wait()
 
-    def _collect(self, assignment: Assignment) -> NDArray[np.float64]:
+    def _collect(self, assignment: Assignment, most_dropped: int | None) -> NDArray[np.float64]:
         """Phase 2; returns the counters of all partitions."""
         local_sum_s = self.route.collect(assignment)
         table = self.counters.table[: assignment.num_partitions].copy()
@@ -206,6 +227,7 @@ class Synchronizer:
         self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
         with self._nothing_updated():
             _check_table(table)
+            _check_dropped(table, most_dropped)
         return table
 
     @contextlib.contextmanager
@@ -329,10 +351,21 @@ class Synchronizer:
         self._helpers.close()
 
 
+def slots_of(assignment: Assignment, world_size: int) -> list[int]:
+    """Rows that each rank needs."""
+    return [assignment.num_slots(rank) for rank in range(world_size)]
+
+
 def _shards(world: World, size: int, reduction: str) -> Shards:
     if reduction in BASELINES:
         return shards_for(reduction, size, world.size)
     return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
+
+
+def _check_dropped(table: NDArray[np.float64], most: int | None) -> None:
+    dropped = int(np.count_nonzero(table[:, fields.FLAGS].astype(int) & fields.DROPPED))
+    if most is not None and dropped > most:
+        raise TooManyDroppedError(f"{dropped} of {len(table)} partitions were dropped; at most {most} may be")
 
 
 def _check_table(table: NDArray[np.float64]) -> None:

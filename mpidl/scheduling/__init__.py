@@ -1,8 +1,10 @@
 """Group plans: the coordinator makes them, every rank's executor runs them alone."""
 
+from mpidl.scheduling.balance import Balancer, Move, best_counts
 from mpidl.scheduling.channel import PlanChannel
 from mpidl.scheduling.coordination import Coordination
 from mpidl.scheduling.coordinator import Coordinator
+from mpidl.scheduling.dropping import DropBudget, most_dropped
 from mpidl.scheduling.evaluation import Metric, evaluate
 from mpidl.scheduling.executor import REPORT_FIELDS, Executor
 from mpidl.scheduling.forward import LossFunction
@@ -19,9 +21,11 @@ __all__ = [
     "REPORT_FIELDS",
     "STOP_FILE",
     "Action",
+    "Balancer",
     "Coordination",
     "Coordinator",
     "Course",
+    "DropBudget",
     "Executor",
     "Group",
     "GroupPlan",
@@ -30,6 +34,7 @@ __all__ = [
     "LearningRates",
     "LossFunction",
     "Metric",
+    "Move",
     "PlanChannel",
     "PlanLog",
     "Plateau",
@@ -41,12 +46,14 @@ __all__ = [
     "Trigger",
     "Triggers",
     "as_trigger",
+    "best_counts",
     "capacity",
     "check_schedule",
     "describe_stop",
     "end_time_of_job",
     "evaluate",
     "last_partitions",
+    "most_dropped",
     "named_schedule",
     "num_iterations",
     "read_recording",

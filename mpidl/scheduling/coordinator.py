@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpidl.parameters import Assignment
+from mpidl.parameters.counters import STARTED
+from mpidl.scheduling.balance import Balancer, Move
+from mpidl.scheduling.dropping import DropBudget
 from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates
 from mpidl.scheduling.partitions import batch_span
@@ -27,6 +33,8 @@ class Coordinator:
         triggers: what is due when.
         group_size: iterations of a group.
         learning_rates: of every iteration.
+        balancer: moves partitions; None: they stay.
+        drop_budget: of an iteration; None: nothing is dropped.
         first_iteration: where a resumed run begins; else 0.
     """
 
@@ -39,12 +47,18 @@ class Coordinator:
         triggers: Triggers,
         group_size: GroupSize,
         learning_rates: LearningRates,
+        balancer: Balancer | None = None,
+        drop_budget: DropBudget | None = None,
         first_iteration: int = 0,
     ) -> None:
         self.group_size = group_size
         self._num_samples = num_samples
         self._batch_size = batch_size
         self._assignment = assignment
+        self._balancer = balancer
+        self._drop_budget = drop_budget
+        self._first_moved = 0
+        """The first plan with the balancer's assignment."""
         self._triggers = triggers
         self._learning_rates = learning_rates
         self._next_iteration = first_iteration
@@ -56,6 +70,8 @@ class Coordinator:
         stop = min(first + self.group_size.value, self._triggers.next_cut(first))
         per_epoch = self._triggers.iterations_per_epoch
         spans = [batch_span(self._num_samples, self._batch_size, i % per_epoch) for i in range(first, stop)]
+        if self._balancer is not None:
+            self._assignment = self._balancer.assignment
         plan = GroupPlan(
             index=self._next_index,
             epoch=first // per_epoch,
@@ -64,6 +80,7 @@ class Coordinator:
             spans=tuple(spans),
             learning_rates=tuple(self._learning_rates.at(i) for i in range(first, stop)),
             actions=self._foreseen_after(stop),
+            budget_s=0.0 if self._drop_budget is None else self._drop_budget.value,
         )
         self._next_iteration, self._next_index = stop, self._next_index + 1
         return plan
@@ -85,3 +102,34 @@ class Coordinator:
     def observe(self, plan: GroupPlan, seconds: float, coordination_s: float) -> None:
         """Learn from the report of a group: what its iterations took, and what plans and reports took meanwhile."""
         self.group_size.observe(plan.num_iterations, seconds, coordination_s)
+
+    def note(self, table: NDArray[np.float64]) -> None:
+        """Learn from an iteration: float64, (partitions, 6), `counters.FIELDS` of every partition."""
+        if self._drop_budget is not None and self._drop_budget.value == 0:
+            self._drop_budget.observe(table[:, STARTED])
+
+    def balance(self, plan: GroupPlan, paces: NDArray[np.float64], seconds: Mapping[str, float]) -> Move | None:
+        """Learn how fast the ranks were in a group, and decide who computes what from the plan on that is made next.
+
+        Args:
+            plan: as it was run.
+            paces: float64, (ranks, 3): PACE_FIELDS of each rank.
+            seconds: by phase, of the rank that waited least for others.
+
+        Returns:
+            The move, if there is one.
+        """
+        if self._balancer is None:
+            return None
+        if plan.index >= self._first_moved and plan.assignment != self._balancer.assignment:
+            self._balancer.confine(plan.assignment)
+        move = self._balancer.observe(
+            plan.assignment,
+            paces,
+            samples=self._batch_size / plan.assignment.num_partitions,
+            local_sum_s=seconds["local_sum"] / plan.num_iterations,
+            reduce_scatter_s=seconds["reduce_scatter"] / plan.num_iterations,
+        )
+        if move is not None:
+            self._first_moved = self._next_index
+        return move

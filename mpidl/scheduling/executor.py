@@ -7,6 +7,7 @@ the partition alone: its samples, its random stream (seed, iteration, partition)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -15,17 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from mpidl.data import Loader, partition_seed, seed_everything
-from mpidl.errors import DataError, NonFiniteLossError
+from mpidl.data import Batch, Loader, partition_seed, seed_everything
+from mpidl.errors import DataError, NonFiniteLossError, TooManyDroppedError
 from mpidl.parameters import PHASES, Assignment, ParameterManager
-from mpidl.parameters.counters import WEIGHT
+from mpidl.parameters.counters import DROPPED, FLAGS, WEIGHT
 from mpidl.runtime import on_all_ranks
+from mpidl.scheduling.dropping import most_dropped
 from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
+from mpidl.scheduling.pace import Pace
 from mpidl.scheduling.partitions import assignment_for, num_partitions, partition_span
 from mpidl.scheduling.plan import GroupPlan
 
 REPORT_FIELDS = ("load", "compute", *PHASES)
-"""Seconds that each rank reports for a group; `load` is time spent waiting for data."""
+"""Seconds that each rank reports for a group; `load` is time spent waiting for data; waiting for weights is not part
+of `compute`."""
 
 
 class Executor:
@@ -39,6 +43,7 @@ class Executor:
         batch_size: samples of a full batch.
         seed: of the run.
         stop_flags: reasons to stop that this rank has seen, as `StopReason`s: they go to all ranks.
+        drop_share: at most this share of an iteration's partitions may be dropped.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Executor:
         batch_size: int,
         seed: int,
         stop_flags: Callable[[], int] = lambda: 0,
+        drop_share: float = 0.0,
     ) -> None:
         self._manager = manager
         self._model = model
@@ -63,6 +69,29 @@ class Executor:
         self._unchecked: int | None = None
         """The iteration whose gradient may not be finite."""
         self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
+        self._pace = Pace()
+        self._drop_share = drop_share
+        self._is_first = True
+        self.drops: NDArray[np.float64] = np.zeros(2)
+        """So far, the same on all ranks: partitions that were dropped, iterations that were repeated."""
+        self._batches: list[Batch | None] = []
+        """What the iteration has taken from the loader; kept where it may be repeated."""
+        self._next_batch = 0
+        self._iteration_began = self._began
+        self._ready = manager.assignment
+        """The last assignment that there was room for."""
+
+    def accept(self, plan: GroupPlan) -> GroupPlan:
+        """Make ready for a plan that was received, and ask the loader for its samples. Collective.
+
+        Returns:
+            The plan, or one with the assignment before it if there is no room for the rows of this one.
+        """
+        if not self._manager.reserve(plan.assignment):
+            plan = dataclasses.replace(plan, assignment=self._ready)
+        self._ready = plan.assignment
+        self.request(plan)
+        return plan
 
     def assignment(self, plan: GroupPlan, index: int) -> Assignment:
         """Who computes what in the plan's iteration `index`."""
@@ -81,29 +110,23 @@ class Executor:
         """Run one iteration of a group whose samples were requested. Collective.
 
         Returns:
-            float64, (partitions, 5): `counters.FIELDS` of every partition.
+            float64, (partitions, 6): `counters.FIELDS` of every partition.
 
         Raises:
             NonFiniteLossError: on every rank at the same iteration: a loss (the weights are those before it) or the
                 gradient, of this iteration or of the one before (they are not), is not finite.
         """
-        assignment = self.assignment(plan, index)
         iteration = plan.first_iteration + index
-        self._manager.begin(assignment)
-        try:
-            for partition in range(*assignment.range_of(self._manager.world.rank)):
-                self._compute(assignment, plan.spans[index], iteration, partition)
-        except Exception:
-            self._check_gradient()  # weights that are not finite are the reason, whatever the model made of them
-            raise
-        for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
-            group["lr"] = rate
-        self._check_gradient()
         is_last = index == plan.num_iterations - 1  # what is due after the group reads the weights
         try:
-            table = self._manager.synchronize(assignment, wait=is_last)
-        except NonFiniteLossError as error:
-            raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
+            budget_s = math.inf if self._is_first else plan.budget_s or math.inf
+            self._is_first = False
+            table = self._attempt(plan, index, budget_s, wait=is_last)
+        except TooManyDroppedError:
+            self.drops[1] += 1
+            table = self._attempt(plan, index, math.inf, wait=is_last)
+        self._forget_batches(self.assignment(plan, index))
+        self.drops[0] += np.count_nonzero(table[:, FLAGS].astype(int) & DROPPED)
         self._unchecked = iteration
         if is_last or not self._manager.runs_ahead:
             self._check_gradient()
@@ -111,6 +134,54 @@ class Executor:
             self._manager.wait()
             raise on_all_ranks(NonFiniteLossError(f"all weights of iteration {iteration + 1} are zero: no mean loss"))
         return table
+
+    def _attempt(self, plan: GroupPlan, index: int, budget_s: float, *, wait: bool) -> NDArray[np.float64]:
+        """Compute this rank's partitions, or as many as the budget allows, and synchronise. Collective."""
+        assignment = self.assignment(plan, index)
+        most = most_dropped(self._drop_share, assignment.num_partitions)
+        iteration = plan.first_iteration + index
+        self._manager.begin(assignment)
+        self._next_batch, self._iteration_began = 0, time.perf_counter()
+        first, stop = assignment.range_of(self._manager.world.rank)
+        try:
+            for partition in range(first, stop):
+                started = time.perf_counter() - self._iteration_began
+                if most and partition > first and started > budget_s:
+                    self._manager.drop_partition(assignment, partition, self._stop_flags(), self._now(), started)
+                else:
+                    self._compute(assignment, plan, index, partition)
+        except Exception:
+            self._check_gradient()  # weights that are not finite are the reason, whatever the model made of them
+            raise
+        self._pace.end_iteration(counts=assignment is plan.assignment)
+        for group, rate in zip(self._manager.param_groups, plan.learning_rates[index], strict=True):
+            group["lr"] = rate
+        self._check_gradient()
+        try:
+            return self._manager.synchronize(assignment, wait=wait, most_dropped=most)
+        except NonFiniteLossError as error:
+            raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
+
+    def _take_batch(self, keeps: bool) -> Batch:
+        """The iteration's next batch, also where it is repeated."""
+        if self._next_batch < len(self._batches):
+            batch = self._batches[self._next_batch]
+        else:
+            batch = self._loader.next()
+            self._batches.append(batch if keeps else None)
+        self._next_batch += 1
+        return batch
+
+    def _forget_batches(self, assignment: Assignment) -> None:
+        """The iteration is over: what it did not take from the loader is not wanted any more."""
+        start, stop = assignment.range_of(self._manager.world.rank)
+        for _ in range(stop - start - len(self._batches)):
+            self._loader.skip()
+        self._batches.clear()
+
+    def _now(self) -> float:
+        """This rank's clock."""
+        return time.perf_counter() - self._began
 
     def settle(self) -> None:
         """Complete the weights, for whoever reads them between two iterations of a group. Not collective.
@@ -132,10 +203,11 @@ class Executor:
             self._manager.reset_buffers()
             raise on_all_ranks(NonFiniteLossError(f"the gradient is not finite in iteration {iteration + 1}"))
 
-    def _compute(self, assignment: Assignment, span: tuple[int, int], iteration: int, partition: int) -> None:
-        start, stop = partition_span(span, assignment.num_partitions, partition)
-        begin = time.perf_counter()
-        inputs, targets = split_batch(self._loader.next())
+    def _compute(self, assignment: Assignment, plan: GroupPlan, index: int, partition: int) -> None:
+        iteration = plan.first_iteration + index
+        start, stop = partition_span(plan.spans[index], assignment.num_partitions, partition)
+        begin, waited_s = time.perf_counter(), self._manager.waited_s
+        inputs, targets = split_batch(self._take_batch(keeps=plan.budget_s > 0))
         loaded = time.perf_counter()
         self._manager.begin_partition(assignment, partition)
         seed_everything(partition_seed(self._seed, iteration, partition))
@@ -147,10 +219,19 @@ class Executor:
                 f"the loss of iteration {iteration + 1}, partition {partition}, does not take the targets: {error}"
             ) from error
         total.backward()
-        flags, now = self._stop_flags(), time.perf_counter() - self._began
-        self._manager.end_partition(assignment, partition, float(total.detach()), weight, stop - start, flags, now)
+        self._manager.end_partition(
+            assignment, partition, float(total.detach()), weight, stop - start, self._stop_flags(), self._now(),
+            begin - self._iteration_began,
+        )  # fmt: skip
+        waited_s = self._manager.waited_s - waited_s  # forward waits for weights of other nodes
+        done = time.perf_counter()
         self._seconds["load"] += loaded - begin
-        self._seconds["compute"] += time.perf_counter() - loaded
+        self._seconds["compute"] += done - loaded - waited_s
+        self._pace.add(done - begin - waited_s, stop - start)
+
+    def take_pace(self) -> NDArray[np.float64]:
+        """How fast this rank computed since the last call: PACE_FIELDS."""
+        return self._pace.take()
 
     def take_seconds(self) -> NDArray[np.float64]:
         """This rank's seconds since the last call, in the order of REPORT_FIELDS."""

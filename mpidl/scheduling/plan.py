@@ -3,7 +3,7 @@
 Layout, little-endian, in a buffer whose size is fixed for the whole run:
 
     magic "MPDL", version u16, actions u16, length u32, crc32 u32, index u64, epoch u64, first_iteration u64,
-    num_partitions u32, num_ranks u32, num_iterations u32, num_groups u32,
+    budget_s f64, num_partitions u32, num_ranks u32, num_iterations u32, num_groups u32,
     starts u32[num_ranks + 1], spans u64[num_iterations, 2], learning_rates f64[num_iterations, num_groups]
 
 `length` counts all bytes of the message and `crc32` covers all of them but itself. Nothing is pickled. A receiver
@@ -24,9 +24,9 @@ from mpidl.errors import PlanError
 from mpidl.parameters import Assignment
 
 MAGIC = b"MPDL"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sHHII")
-_COUNTS = struct.Struct("<QQQIIII")
+_COUNTS = struct.Struct("<QQQdIIII")
 _CHECKSUM_OFFSET = _HEADER.size - 4
 
 
@@ -60,6 +60,8 @@ class GroupPlan:
     learning_rates: tuple[tuple[float, ...], ...]
     """Per iteration and param group."""
     actions: Action = Action.NONE
+    budget_s: float = 0.0
+    """Seconds of an iteration after which a rank drops what it has not started; 0: never."""
 
     @property
     def num_iterations(self) -> int:
@@ -73,6 +75,7 @@ class GroupPlan:
             self.index,
             self.epoch,
             self.first_iteration,
+            self.budget_s,
             self.assignment.num_partitions,
             len(self.assignment.starts) - 1,
             len(self.spans),
@@ -104,7 +107,7 @@ class GroupPlan:
         if actions not in range(2 * max(Action)):
             raise PlanError(f"a plan has actions {actions:#x}, this code knows those up to {2 * max(Action) - 1:#x}")
         body = message[_HEADER.size : length]
-        index, epoch, first, partitions, ranks, iterations, groups = _COUNTS.unpack_from(body)
+        index, epoch, first, budget_s, partitions, ranks, iterations, groups = _COUNTS.unpack_from(body)
         sizes = (4 * (ranks + 1), 16 * iterations, 8 * iterations * groups)
         if len(body) != _COUNTS.size + sum(sizes):
             raise PlanError(f"a plan of {iterations} iterations and {ranks} ranks cannot have {length} bytes")
@@ -120,6 +123,7 @@ class GroupPlan:
             spans=tuple(map(tuple, spans.tolist())),
             learning_rates=tuple(map(tuple, rates.reshape(iterations, groups).tolist())),
             actions=Action(actions),
+            budget_s=budget_s,
         )
 
 

@@ -164,6 +164,11 @@ class Recording:
             raise ConfigError(
                 f"the plans of {self.run_dir} begin at iteration {self.groups[0].plan.first_iteration}, not 0"
             )
+        if any(group.plan.budget_s for group in self.groups):
+            raise ConfigError(
+                f"the run in {self.run_dir} dropped partitions by the clock, which cannot be repeated; train with "
+                "drop_share 0 to have a run that can"
+            )
         for field in dataclasses.fields(Header):
             recorded, own = getattr(self.header, field.name), getattr(given, field.name)
             if recorded != own and field.name != "mpidl":
@@ -247,4 +252,10 @@ class Replay:
         """Nothing: the plans are made."""
 
     def observe(self, plan: GroupPlan, *report: Any) -> None:
+        """Nothing: the plans are made."""
+
+    def note(self, table: Any) -> None:
+        """Nothing: the plans are made."""
+
+    def balance(self, plan: GroupPlan, *report: Any) -> None:
         """Nothing: the plans are made."""

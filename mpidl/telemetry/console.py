@@ -44,6 +44,7 @@ class Console:
         self._task = TaskID(0)
         self._start: Fields = {}
         self._started_at = self._shown_at = clock()
+        self._balance_shown_at: float | None = None
         self._samples = 0
         self._loss = float("nan")
 
@@ -121,6 +122,13 @@ class Console:
         within = fields["iteration"] % max(self._start.get("iterations_per_epoch", 1), 1)
         place = f"  iteration {tables.count(fields['iteration'])}" if within else ""
         self.print(f"epoch {self._of_epochs(fields)}{place}  validation  {text}")
+
+    def _show_balance(self, fields: Fields) -> None:
+        """A few lines tell what goes on; all of them are in the metrics."""
+        now = self._clock()
+        if self._balance_shown_at is None or now - self._balance_shown_at >= LINE_EVERY_S:
+            self._balance_shown_at = now
+            self.print(f"iteration {tables.count(fields['iteration'])}  {fields['message']}")
 
     def _show_warning(self, fields: Fields) -> None:
         self.print(f"mpidl: warning: {fields['message']}")

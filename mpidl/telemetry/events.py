@@ -30,7 +30,7 @@ class Telemetry:
         """Append one event to the file, at once, and show it.
 
         Args:
-            event: "start", "group", "epoch", "validation", "checkpoint", "warning" or "end"; others are
+            event: "start", "group", "balance", "epoch", "validation", "checkpoint", "warning" or "end"; others are
                 written but not shown.
             fields: numbers, texts, lists and tables; NumPy and torch scalars become numbers, and NaN and
                 infinities the strings "nan", "inf" and "-inf", which JSON has no numbers for.

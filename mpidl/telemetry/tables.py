@@ -16,7 +16,7 @@ Fields = Mapping[str, Any]
 _BITS = {
     "partitions": "a function of partitions and threads a rank: the same on any number of ranks and nodes",
     "layout": "a function of the partitions and of the nodes' layout",
-    "none": "not repeatable: the MPI library chooses the order of addition",
+    "none": "not repeatable: the order of addition, or what is dropped, is not fixed",
 }
 _RANKS_SHOWN = 6
 _COUNTS_SHOWN = 16
@@ -112,6 +112,9 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     rows.append(("done", f"{_number(fields['epochs'], 'epoch')}, {_number(fields['iterations'], 'iteration')}"))
     if fields.get("samples_per_s"):
         rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
+    if "dropped_partitions" in fields:
+        repeated = _number(fields["repeated_iterations"], "iteration")
+        rows.append(("dropped", f"{_number(fields['dropped_partitions'], 'partition')}; {repeated} repeated"))
     if fields.get("phases", {}).get("total"):
         rows.append(("iterations' time", phases(fields["phases"])))
     if fields.get("groups"):

@@ -32,6 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed,
         "sync": ["sync", *few, "--millions", "0.02", "--picture", str(folder / "sync.png")],
         "step": ["step", *few, "--model", "lenet5", "--batch", "4", "--iterations", "2", "--optimizer", "adam"],
         "kernels": ["kernels", *few, "--millions", "0.02"],
+        "balance": ["balance", *few, "--partitions", "6"],
         "plan": ["plan", *few, "--group-sizes", "1,5", "--partitions", "4", "--picture", str(folder / "plan.png")],
     }
     commands = {name: ["bench", *line, "--json", str(folder / f"{name}.json")] for name, line in lines.items()}
@@ -58,6 +59,7 @@ def document(measured: tuple[Path, Completed, Told], name: str) -> dict[str, Any
         ("sync", {"copy", *exchange_ways.WAYS} - set(horovod.unusable())),
         ("step", {step_ways.ALONE, *step_ways.WAYS} - set(horovod.unusable())),
         ("kernels", {"copy", *kernels.WAYS}),
+        ("balance", {"stay", "move"}),
     ],
 )
 def test_every_way_has_a_row_with_time_spread_and_limit(

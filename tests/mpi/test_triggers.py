@@ -39,7 +39,7 @@ class Recorder(Telemetry):
 def events_of(recorder: Recorder) -> list[tuple[Any, ...]]:
     """What was done when, and the numbers that came of it."""
     told = ("event", "epoch", "iteration", "loss", "accuracy", "samples", "grad_norm", "lr", "status", "message")
-    kept = [event for event in recorder.events if event["event"] not in ("start", "group")]
+    kept = [event for event in recorder.events if event["event"] not in ("start", "group", "balance")]
     return [tuple((key, event[key]) for key in told if key in event) for event in kept]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,43 @@ def test_batches_come_in_the_order_of_their_requests(needs_seeds: bool, shuffle:
             assert seeds == (expected if needs_seeds else None)
         with pytest.raises(IndexError, match="outstanding"):
             loader.next()
+
+
+class Slow(Counting):
+    """Takes a while to read."""
+
+    def read(self, indices: Int64Array, seeds: Sequence[int] | None) -> Any:
+        time.sleep(0.002)
+        return super().read(indices, seeds)
+
+
+@pytest.mark.parametrize("source", [Counting(True), Counting(False), Slow(False)])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_skipped_is_never_given_and_the_rest_in_order(source: Counting, seed: int) -> None:
+    draw, expected = random.Random(seed), deque[int]()
+    with Loader(source, seed=0, shuffle=False) as loader:
+        for number in range(20, 320):
+            loader.request(0, number, number + 1)
+            expected.append(number)
+            while expected and draw.random() < 0.5:
+                if draw.random() < 0.5:
+                    loader.skip()
+                    expected.popleft()
+                else:
+                    assert loader.next()[0].tolist() == [expected.popleft()]
+        for number in expected:
+            assert loader.next()[0].tolist() == [number]
+        with pytest.raises(IndexError, match="outstanding"):
+            loader.skip()
+
+
+def test_an_error_in_what_is_skipped_is_nobodys() -> None:
+    for needs_seeds in (True, False):
+        with Loader(Counting(needs_seeds, 20), seed=0, shuffle=False) as loader:
+            loader.request(0, 13, 14)
+            loader.request(0, 16, 17)
+            loader.skip()
+            assert loader.next()[0].tolist() == [16]
 
 
 @pytest.mark.parametrize("positions", [(0, 0), (3, 2), (-1, 3), (5, 11)])
@@ -300,6 +338,25 @@ def test_signals_to_the_whole_job_do_not_end_workers(loader_with_workers: Loader
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(pid, number)
     assert [each["pid"].item() for each in facts_of_workers(loader_with_workers)] == pids
+
+
+@WITH_PROCESSES
+def test_what_workers_read_for_nothing_is_thrown_away_and_no_more_is_asked_for(loader_with_workers: Loader) -> None:
+    pool, positions = loader_with_workers._reader, [position_of(index) for index in range(40)]
+    assert isinstance(pool, WorkerPool)
+    for _ in range(300):  # one worker's batches are always taken, the other's never
+        for index in (1, 2):
+            loader_with_workers.request(0, positions[index], positions[index] + 1)
+        assert loader_with_workers.next()[1]["label"].tolist() == [1]
+        loader_with_workers.skip()
+        assert sum(worker._outcomes.qsize() for worker in pool._workers) <= 4
+    for position in positions:
+        loader_with_workers.request(0, position, position + 1)
+    for index in range(40):
+        if index % 3:
+            loader_with_workers.skip()
+        else:
+            assert loader_with_workers.next()[1]["label"].tolist() == [index]
 
 
 @WITH_PROCESSES

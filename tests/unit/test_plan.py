@@ -37,6 +37,7 @@ def plans(draw: Any, max_iterations: int = 6, max_ranks: int = 6, max_groups: in
         spans=tuple(spans),
         learning_rates=tuple(draw(rates) for _ in spans),
         actions=draw(st.sampled_from([Action(value) for value in range(64)])),
+        budget_s=draw(st.floats(0, allow_nan=False)),
     )
 
 
@@ -157,7 +158,7 @@ def test_counts_that_promise_more_than_there_is_allocate_nothing() -> None:
     message = bytearray(small_plan().encode())
     tracemalloc.start()
     for counts in [(2**32 - 1,) * 4, (8, 2, 2**32 - 1, 2), (8, 2**32 - 1, 2, 2), (8, 2, 2, 2**32 - 1)]:
-        message[40:56] = struct.pack("<4I", *counts)
+        message[48:64] = struct.pack("<4I", *counts)
         with pytest.raises(PlanError, match="cannot have"):
             GroupPlan.decode(with_checksum(message))
     peak_bytes = tracemalloc.get_traced_memory()[1]
