@@ -28,7 +28,7 @@ from mpidl import checkpoint
 from mpidl.data import Loader, Source
 from mpidl.errors import ConfigError, NonFiniteLossError
 from mpidl.parameters import Assignment, ParameterManager
-from mpidl.parameters.counters import FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
+from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
 from mpidl.progress import ONLY_AT_END, Checkpoints, Progress
 from mpidl.runtime import World, signals
 from mpidl.scheduling import (
@@ -106,6 +106,7 @@ class Training:
             seed=settings.seed,
             stop_flags=self._stop_requests.flags,
             drop_share=settings.drop_share,
+            drops=None if replay is None else replay.drops,
         )
         self._coordination = Coordination()
         self._group_size = GroupSize(settings.group_size, settings.max_group_seconds)
@@ -123,6 +124,8 @@ class Training:
         self._told = manager.assignment  # the metrics have the ranges when they change
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
+        self._dropped: list[tuple[int, tuple[int, ...]]] = []
+        """What was dropped in this group: iterations that were done, and the last one's partitions."""
         self._plan_log: PlanLog | None = None
         self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
         """Of all groups, the mean over ranks: REPORT_FIELDS, and the whole."""
@@ -250,9 +253,10 @@ class Training:
             return self._run_iterations(plan)
         finally:
             acts, self._acts = tuple(self._acts), []
+            drops, self._dropped = tuple(self._dropped), []
             if self._plan_log is not None:
                 with self._coordination.timed():
-                    self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts))
+                    self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts, drops))
 
     def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None
@@ -298,6 +302,9 @@ class Training:
             self._fail(error)
             raise
         self._progress.iteration += 1
+        (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
+        if dropped.size:
+            self._dropped.append((self._progress.iteration, tuple(dropped.tolist())))
         if self._coordinator is not None:
             self._coordinator.note(table)
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)

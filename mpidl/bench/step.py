@@ -123,8 +123,8 @@ def check(world: World, loops: Mapping[str, Loop]) -> None:
             raise on_all_ranks(
                 DisagreementError(
                     f"the first losses of {name} are {told[0]}, those of {first} {told[1]}; they must agree to "
-                    f"{tolerance:.0e}, each to {_GROWTH} times as much as the one before, or the two do not do the same "
-                    "work"
+                    f"{tolerance:.0e}, each to {_GROWTH} times as much as the one before, or the two do not do the "
+                    "same work"
                 )
             )
 

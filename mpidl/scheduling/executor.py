@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,9 @@ from mpidl.scheduling.pace import Pace
 from mpidl.scheduling.partitions import assignment_for, num_partitions, partition_span
 from mpidl.scheduling.plan import GroupPlan
 
-REPORT_FIELDS = ("load", "compute", *PHASES)
-"""Seconds that each rank reports for a group; `load` is time spent waiting for data; waiting for weights is not part
-of `compute`."""
+REPORT_FIELDS = ("load", "compute", "loader_start", *PHASES)
+"""Seconds that each rank reports for a group; `load` is waiting for data, but for the run's first batch, for which the
+workers have to start: `loader_start`; waiting for weights is not part of `compute`."""
 
 
 class Executor:
@@ -44,6 +44,8 @@ class Executor:
         seed: of the run.
         stop_flags: reasons to stop that this rank has seen, as `StopReason`s: they go to all ranks.
         drop_share: at most this share of an iteration's partitions may be dropped.
+        drops: of a replay: the partitions to drop, by the number of iterations that are done with that one; None: the
+            plans' budgets say.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Executor:
         seed: int,
         stop_flags: Callable[[], int] = lambda: 0,
         drop_share: float = 0.0,
+        drops: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self._manager = manager
         self._model = model
@@ -71,7 +74,9 @@ class Executor:
         self._seconds = dict.fromkeys(REPORT_FIELDS, 0.0)
         self._pace = Pace()
         self._drop_share = drop_share
+        self._recorded_drops = drops
         self._is_first = True
+        self._has_data = False
         self.drops: NDArray[np.float64] = np.zeros(2)
         """So far, the same on all ranks: partitions that were dropped, iterations that were repeated."""
         self._batches: list[Batch | None] = []
@@ -146,7 +151,7 @@ class Executor:
         try:
             for partition in range(first, stop):
                 started = time.perf_counter() - self._iteration_began
-                if most and partition > first and started > budget_s:
+                if most and partition > first and self._is_dropped(iteration, partition, started > budget_s):
                     self._manager.drop_partition(assignment, partition, self._stop_flags(), self._now(), started)
                 else:
                     self._compute(assignment, plan, index, partition)
@@ -161,6 +166,11 @@ class Executor:
             return self._manager.synchronize(assignment, wait=wait, most_dropped=most)
         except NonFiniteLossError as error:
             raise on_all_ranks(NonFiniteLossError(f"{error} in iteration {iteration + 1}")) from None
+
+    def _is_dropped(self, iteration: int, partition: int, is_late: bool) -> bool:
+        if self._recorded_drops is None:
+            return is_late
+        return partition in self._recorded_drops.get(iteration + 1, ())
 
     def _take_batch(self, keeps: bool) -> Batch:
         """The iteration's next batch, also where it is repeated."""
@@ -225,7 +235,8 @@ class Executor:
         )  # fmt: skip
         waited_s = self._manager.waited_s - waited_s  # forward waits for weights of other nodes
         done = time.perf_counter()
-        self._seconds["load"] += loaded - begin
+        self._seconds["load" if self._has_data else "loader_start"] += loaded - begin
+        self._has_data = True
         self._seconds["compute"] += done - loaded - waited_s
         self._pace.add(done - begin - waited_s, stop - start)
 

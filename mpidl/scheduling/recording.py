@@ -46,6 +46,8 @@ class Group:
     """Iterations of the plan that were done."""
     acts: tuple[tuple[int, Action], ...]
     """(iterations done in the training, what was done then), in that order."""
+    drops: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """(iterations done in the training, the partitions that the last of them dropped), where it dropped any."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -55,6 +57,7 @@ class Group:
             "actions": _names(self.plan.actions),
             "done": self.done,
             "acts": [[at, _names(action)] for at, action in self.acts],
+            "drops": [[at, list(partitions)] for at, partitions in self.drops],
         }
 
     @classmethod
@@ -66,6 +69,7 @@ class Group:
         """
         given = dict(value)
         done, acts = int(given.pop("done")), tuple((int(at), _action(names)) for at, names in given.pop("acts"))
+        drops = tuple((int(at), tuple(map(int, partitions))) for at, partitions in given.pop("drops"))
         assignment = Assignment(int(given["assignment"]["num_partitions"]), tuple(given["assignment"]["starts"]))
         given |= {
             "assignment": assignment,
@@ -73,7 +77,7 @@ class Group:
             "learning_rates": tuple(tuple(map(float, rates)) for rates in given["learning_rates"]),
             "actions": _action(given["actions"]),
         }
-        return cls(GroupPlan(**given), done, acts)
+        return cls(GroupPlan(**given), done, acts, drops)
 
     @property
     def stop(self) -> int:
@@ -85,7 +89,8 @@ class Group:
         return dataclasses.replace(
             self,
             done=min(self.done, stop - self.plan.first_iteration),
-            acts=tuple(a for a in self.acts if a[0] <= stop),
+            acts=tuple(each for each in self.acts if each[0] <= stop),
+            drops=tuple(each for each in self.drops if each[0] <= stop),
         )
 
 
@@ -154,6 +159,11 @@ class Recording:
         return max(group.done for group in self.groups)
 
     @property
+    def drops(self) -> dict[int, tuple[int, ...]]:
+        """The partitions that were dropped, by the number of iterations that were done with that one."""
+        return {at: partitions for group in self.groups for at, partitions in group.drops}
+
+    @property
     def has_ended(self) -> bool:
         """Whether the training had ended, and was not stopped."""
         return any(action is Action.END for _, action in self.groups[-1].acts)
@@ -163,11 +173,6 @@ class Recording:
         if self.groups[0].plan.first_iteration:
             raise ConfigError(
                 f"the plans of {self.run_dir} begin at iteration {self.groups[0].plan.first_iteration}, not 0"
-            )
-        if any(group.plan.budget_s for group in self.groups):
-            raise ConfigError(
-                f"the run in {self.run_dir} dropped partitions by the clock, which cannot be repeated; train with "
-                "drop_share 0 to have a run that can"
             )
         for field in dataclasses.fields(Header):
             recorded, own = getattr(self.header, field.name), getattr(given, field.name)

@@ -15,6 +15,7 @@ from torch import nn
 import mpidl
 from mpidl.errors import ConfigError
 from mpidl.runtime import World
+from mpidl.scheduling import read_recording
 from tests.mpi import reference
 from tests.mpi.cases import ADAM, SGD, Augmented, classes, convolutional, dense, job_of, made, normalised, trainer_of
 from tests.mpi.reference import Job, differing
@@ -168,12 +169,24 @@ def test_a_model_whose_forward_is_a_collective_drops_nothing(world: World) -> No
         mpidl.Trainer(model, F.cross_entropy, SGD, batch_size=64, partitions=max(2, world.size), drop_share=0.5)
 
 
-def test_a_run_that_dropped_is_not_replayed(world: World, shared_tmp_path: Path) -> None:
-    data = classes(64)
-    job = job_of(*data, epochs=1)
-    options: dict[str, Any] = {"drop_share": 0.2, "drop_budget_s": 100.0}
-    trainer = trainer_of(made(dense), job, run_dir=shared_tmp_path / "first", **options)
-    trainer.fit(data, epochs=1)
-    with pytest.raises(ConfigError, match="dropped partitions by the clock"):
-        trainer_of(made(dense), job).fit(data, epochs=1, replay=shared_tmp_path / "first")
-    trainer.close()
+def test_a_replay_drops_what_was_dropped_whoever_is_late_now(world: World, shared_tmp_path: Path) -> None:
+    partitions = PER_RANK * world.size
+    data = classes(4 * 2 * partitions)
+    kept = []
+    for name, late_s, replay in (("first", 0.1, None), ("again", 0.0, shared_tmp_path / "first")):
+        job = job_of(
+            *data, partitions=partitions, batch_size=2 * partitions, epochs=1, optimizer=ADAM,
+            loss_fn=late_loss(world, late_s),
+        )  # fmt: skip
+        model = made(dense)
+        trainer = trainer_of(
+            model, job, run_dir=shared_tmp_path / name, drop_share=0.5, drop_budget_s=0.15, balance=False
+        )
+        trainer.fit(data, epochs=1, replay=replay)
+        trainer.close()
+        world.barrier()
+        kept.append((model.state_dict(), read_recording(shared_tmp_path / name).drops))
+    assert differing(kept[0][0], kept[1][0]) == []
+    assert kept[0][1] == kept[1][1]
+    assert set(kept[0][1]) <= {2, 3, 4}
+    assert kept[0][1], "nothing was dropped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def group(first: int, size: int, done: int | None = None, *acts: tuple[int, Acti
         actions=Action.VALIDATE | Action.WAIT if size > 2 else Action.NONE,
     )
     return Group(plan, size if done is None else done, acts)
+
+
+def test_drops_are_kept_with_their_iterations_and_what_was_done_again_is_forgotten(tmp_path: Path) -> None:
+    first = dataclasses.replace(group(0, 4), drops=((2, (1, 3)), (4, (0,))))
+    found = read_recording(written(tmp_path, first, dataclasses.replace(group(3, 2), drops=((5, (2,)),))))
+    assert found.drops == {2: (1, 3), 5: (2,)}
 
 
 def written(run_dir: Path, *groups: Group) -> Path:
