@@ -23,6 +23,8 @@ from tests.mpi.test_balance import Kept
 from tests.mpi.test_trainer import assert_bits_of_the_oracle
 from tests.mpi.worlds import as_the_world, node_layouts
 
+pytestmark = pytest.mark.thorough
+
 LATE_S = 0.25
 PER_RANK = 4
 

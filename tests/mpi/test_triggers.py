@@ -78,7 +78,7 @@ def drawn(draw: random.Random) -> str:
     return leaf if draw.random() < 0.4 else f"({leaf} {draw.choice('|&')} {drawn(draw)})"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2, 3))])
 def test_any_triggers_act_after_the_same_iterations_with_the_same_bits_at_any_group_size(
     world: World, shared_tmp_path: Path, seed: int
 ) -> None:
@@ -116,12 +116,12 @@ def test_a_loss_that_is_low_enough_ends_the_training_in_the_middle_of_a_group(
 def test_times_are_the_same_iterations_on_all_ranks(world: World) -> None:
     """One rank's clock counts: ranks that looked at their own would not validate together, and hang."""
     model = made(dense)
-    trainer = trainer_of(model, job_of(*TRAIN, epochs=20), group_size=7, validate_every="seconds(0.02)")
-    history = trainer.fit(TRAIN, HELD_OUT, epochs=20)
+    trainer = trainer_of(model, job_of(*TRAIN, epochs=8), group_size=7, validate_every="seconds(0.02)")
+    history = trainer.fit(TRAIN, HELD_OUT, epochs=8)
     trainer.close()
     mine = [event["iteration"] for event in history if event["event"] == "validation"]
     assert world.allgather_object(mine) == [mine] * world.size
-    assert mine[-1] == 120
+    assert mine[-1] == 48
 
 
 def test_a_training_resumed_in_the_middle_of_an_epoch_is_the_undisturbed_one(
@@ -129,7 +129,7 @@ def test_a_training_resumed_in_the_middle_of_an_epoch_is_the_undisturbed_one(
 ) -> None:
     options = {"group_size": 4, "validate_every": "iterations(4)", "summarize_every": "iterations(9)"}
     weights, events, _ = train(world, None, **options)
-    for at in (1, 5, 6, 10):
+    for at in (5, 6):
         run_dir = shared_tmp_path / str(at)
         train(world, run_dir, checkpoint_every=f"iterations({at})", end_when=f"iterations({at})", **options)
         world.barrier()
