@@ -89,7 +89,7 @@ def test_the_resolved_configuration_is_defaults_then_file_then_flags(trained: tu
     of_defaults = {"seed": 0, "group_size": "auto", "reduction": "ordered", "validate_every": 1}
     expected = of_defaults | of_file | of_flags
     assert {name: resolved[name] for name in expected} == expected
-    unset = {"data_dir", "clip_norm", "clip_value", "end_when", "max_seconds"}
+    unset = {"data_dir", "clip_norm", "clip_value", "drop_budget_s", "end_when", "max_seconds"}
     assert set(resolved) | unset == set(configuration.field_names())
 
 
