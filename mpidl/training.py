@@ -15,7 +15,6 @@ it is built, broadcast and received after the group and all that is due at its e
 
 from __future__ import annotations
 
-import copy
 import pathlib
 import time
 from collections.abc import Callable
@@ -26,40 +25,33 @@ from numpy.typing import NDArray
 
 from mpidl import checkpoint
 from mpidl.data import Loader, Source
-from mpidl.errors import ConfigError, NonFiniteLossError
+from mpidl.errors import NonFiniteLossError
 from mpidl.parameters import Assignment, ParameterManager
-from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
+from mpidl.parameters.counters import FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
+from mpidl.planning import make_coordinator, make_triggers, measured
 from mpidl.progress import ONLY_AT_END, Checkpoints, Progress
+from mpidl.reports import Reports
 from mpidl.runtime import World, signals
 from mpidl.scheduling import (
-    REPORT_FIELDS,
     STOP_FILE,
     Action,
-    Balancer,
-    Coordination,
     Coordinator,
-    DropBudget,
     Executor,
     Group,
     GroupPlan,
     GroupSize,
     Header,
-    LearningRates,
     PlanChannel,
     PlanLog,
     Recording,
     Replay,
     StopRequests,
-    Triggers,
-    as_trigger,
     capacity,
-    check_schedule,
     describe_stop,
     end_time_of_job,
-    num_iterations,
 )
 from mpidl.settings import Settings
-from mpidl.summary import describe_end, describe_move, describe_start
+from mpidl.summary import describe_end, describe_start
 from mpidl.telemetry import Telemetry
 
 
@@ -90,7 +82,7 @@ class Training:
             self._telemetry = Telemetry(settings.run_dir)
         self._num_samples = len(train)
         self._replay = replay
-        self._triggers = self._make_triggers(epochs)
+        self._triggers = make_triggers(settings, len(train), epochs, validates=validation is not None, replay=replay)
         per_epoch = self._triggers.iterations_per_epoch
         self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch)
         self._progress = self._resumed() if resume else Progress()
@@ -108,51 +100,25 @@ class Training:
             drop_share=settings.drop_share,
             drops=None if replay is None else replay.drops,
         )
-        self._coordination = Coordination()
-        self._group_size = GroupSize(settings.group_size, settings.max_group_seconds)
+        group_size = GroupSize(settings.group_size, settings.max_group_seconds)
         self._coordinator: Coordinator | Replay | None = None
         with world.agreed("making the learning-rate schedule"):
-            self._triggers.check(self._measured)
+            self._triggers.check(measured(settings, self._triggers))
             if world.rank == 0:
-                self._coordinator = Replay(replay) if replay else self._make_coordinator(self._group_size)
+                self._coordinator = Replay(replay) if replay else self._make_coordinator(group_size)
         self._remember_validations()
-        largest = replay.largest_group if replay else self._group_size.largest
+        largest = replay.largest_group if replay else group_size.largest
         size = capacity(largest, world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
+        self._reports = Reports(manager, self._executor, self._coordinator, group_size, self._record)
+        self._coordination = self._reports.coordination
         self._history: list[dict[str, Any]] = []
-        self._told_drops: dict[str, NDArray[np.float64]] = {}
-        self._told = manager.assignment  # the metrics have the ranges when they change
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
-        self._dropped: list[tuple[int, tuple[int, ...]]] = []
-        """What was dropped in this group: iterations that were done, and the last one's partitions."""
         self._plan_log: PlanLog | None = None
-        self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
-        """Of all groups, the mean over ranks: REPORT_FIELDS, and the whole."""
-        self._group_sums = np.zeros(3)
         self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
         """Why it ended before its time; None: it did not."""
-
-    def _make_triggers(self, epochs: int) -> Triggers:
-        settings = self._settings
-        per_epoch = num_iterations(self._num_samples, settings.batch_size)
-        if self._replay is not None:
-            return self._replay.triggers(per_epoch, epochs)
-        made = Triggers(
-            iterations_per_epoch=per_epoch,
-            epochs=epochs,
-            validate=None if self._validation is None else as_trigger("validate_every", settings.validate_every),
-            checkpoint=None if settings.run_dir is None else as_trigger("checkpoint_every", settings.checkpoint_every),
-            summarize=as_trigger("summarize_every", settings.summarize_every),
-            end=as_trigger("end_when", settings.end_when),
-        )
-        return copy.deepcopy(made)  # they remember things, and `fit` may be called again
-
-    @property
-    def _measured(self) -> tuple[str, ...]:
-        """The names of the numbers that a validation gives."""
-        return ("loss", *self._settings.metrics) if self._triggers.validate is not None else ()
 
     def _listen(self) -> StopRequests:
         signals.listen()
@@ -163,27 +129,8 @@ class Training:
         return made
 
     def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
-        settings = self._settings
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in settings.param_groups or [{}]]
-        check_schedule(settings.optimizer, groups, settings.schedule, self._triggers.total_iterations, self._measured)
-        learning_rates = LearningRates(settings.optimizer, groups, settings.schedule)
-        validate = self._triggers.validate
-        if learning_rates.metric is not None and validate is not None and not validate.is_foreseen:
-            raise ConfigError(
-                f"the schedule depends on validations, and when they are due cannot be foreseen: validate_every is "
-                f"{validate!r}; use iterations(...) or epochs(...)"
-            )
-        return Coordinator(
-            num_samples=self._num_samples,
-            batch_size=settings.batch_size,
-            assignment=self._manager.assignment,
-            triggers=self._triggers,
-            group_size=group_size,
-            learning_rates=learning_rates,
-            balancer=self._make_balancer(),
-            drop_budget=self._make_drop_budget(),
-            first_iteration=self._first_iteration,
-        )
+        settings, first = self._settings, self._first_iteration
+        return make_coordinator(settings, self._manager, self._triggers, group_size, self._num_samples, first)
 
     def _resumed(self) -> Progress:
         """What the newest checkpoint holds, loaded."""
@@ -200,18 +147,6 @@ class Training:
             self._triggers.validated(result)
             if self._coordinator is not None:
                 self._coordinator.validated(result["iteration"], result)
-
-    def _make_balancer(self) -> Balancer | None:
-        wanted, manager = self._settings.balance, self._manager
-        if wanted == "auto":
-            wanted = manager.moves_keep_bits
-        return Balancer(manager.assignment, manager.world.node_of) if wanted else None
-
-    def _make_drop_budget(self) -> DropBudget | None:
-        settings = self._settings
-        if not settings.drop_share:
-            return None
-        return DropBudget(settings.drop_share, settings.drop_budget_s, settings.drop_warmup)
 
     def close(self) -> None:
         """Complete what was started and end the loader."""
@@ -253,7 +188,7 @@ class Training:
             return self._run_iterations(plan)
         finally:
             acts, self._acts = tuple(self._acts), []
-            drops, self._dropped = tuple(self._dropped), []
+            drops = self._reports.take_dropped()
             if self._plan_log is not None:
                 with self._coordination.timed():
                     self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts, drops))
@@ -272,11 +207,11 @@ class Training:
             seconds += time.perf_counter() - began
             is_end = index == plan.num_iterations - 1
             if is_end:
-                self._report(plan, index + 1, seconds)
+                self._reports.gather(plan, index + 1, seconds)
             if not self._act(self._executor.assignment(plan, index), table):
                 self._channel.drop()
                 if not is_end:
-                    self._report(plan, index + 1, seconds)
+                    self._reports.gather(plan, index + 1, seconds)
                 return None
         if plan.actions & Action.WAIT:
             self._send()
@@ -302,68 +237,11 @@ class Training:
             self._fail(error)
             raise
         self._progress.iteration += 1
-        (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
-        if dropped.size:
-            self._dropped.append((self._progress.iteration, tuple(dropped.tolist())))
-        if self._coordinator is not None:
-            self._coordinator.note(table)
+        self._reports.add(self._progress.iteration, table)
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
-        for each in (self._progress.epoch_sums, self._group_sums, self._summary_sums):
-            each += sums
+        self._progress.epoch_sums += sums
+        self._summary_sums += sums
         return table
-
-    def _report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
-        """The group's one gather: times of all ranks to the coordinator."""
-        with self._coordination.timed():
-            self._gather_report(plan, num_iterations, seconds)
-
-    def _gather_report(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
-        own = np.concatenate([self._executor.take_seconds(), self._executor.take_pace()])
-        report = self._world.for_purpose("report").gather(own)
-        coordination_s = self._coordination.end_group(num_iterations, seconds)
-        sums, self._group_sums = self._group_sums, np.zeros(3)
-        if self._coordinator is None or report is None:
-            return
-        times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
-        self._coordinator.observe(plan, seconds, coordination_s)
-        self._phase_seconds += [*times.mean(axis=0), seconds]
-        busy = times[:, :2].sum(axis=1)
-        self._record(
-            "group",
-            epoch=plan.epoch + 1,
-            iteration=plan.first_iteration + num_iterations,
-            iterations=num_iterations,
-            samples=int(sums[2]),
-            loss=sums[0] / sums[1],
-            lr=plan.learning_rates[num_iterations - 1][0],
-            seconds=seconds,
-            samples_per_s=sums[2] / seconds,
-            group_size=plan.num_iterations,
-            coordination_s=coordination_s,
-            coordination_share=self._group_size.share,
-            bucket_bytes=self._manager.bucket_bytes,
-            phases=dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
-            wait_s=float(times[:, REPORT_FIELDS.index("wait")].mean()),
-            slowest_rank=int(busy.argmax()),
-            seconds_per_sample=paces[:, 0].tolist(),
-            **self._drops("group"),
-            **({} if plan.assignment == self._told else {"partition_starts": plan.assignment.starts}),
-        )
-        self._told = plan.assignment
-        least = dict(zip(REPORT_FIELDS, times.min(axis=0).tolist(), strict=True))
-        move = self._coordinator.balance(plan, paces, least)
-        if move is not None:
-            iteration = plan.first_iteration + num_iterations
-            self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
-
-    def _drops(self, event: str) -> dict[str, int]:
-        """What was dropped since the last event of this name; nothing where nothing may be dropped."""
-        if not self._settings.drop_share:
-            return {}
-        now = self._executor.drops.copy()
-        dropped, repeated = now - self._told_drops.get(event, 0)
-        self._told_drops[event] = now
-        return {"dropped_partitions": int(dropped), "repeated_iterations": int(repeated)}
 
     # --- what is due ----------------------------------------------------------------------------------------------
 
@@ -412,7 +290,7 @@ class Training:
     def _tell_epoch(self) -> None:
         sums, seconds = self._progress.epoch_sums, time.perf_counter() - self._epoch_began
         loss, samples = float(sums[0] / sums[1]), int(sums[2])
-        self._event("epoch", loss=loss, samples=samples, seconds=seconds, **self._drops("epoch"))
+        self._event("epoch", loss=loss, samples=samples, seconds=seconds, **self._reports.drops("epoch"))
 
     def _summarize(self) -> None:
         """Write down how the training goes: the loss since the last summary, the gradient's norm."""
@@ -511,9 +389,9 @@ class Training:
             iterations=done,
             epochs=done // self._triggers.iterations_per_epoch,
             **{"seconds": time.perf_counter() - self._began, **found},
-            **self._drops("end"),
+            **self._reports.drops("end"),
             **self._coordination.describe(),
-            phases=dict(zip((*REPORT_FIELDS, "total"), self._phase_seconds.tolist(), strict=True)),
+            phases=self._reports.phases,
             run_dir=_text(self._settings.run_dir),
         )
 

@@ -86,6 +86,11 @@ class Executor:
         self._ready = manager.assignment
         """The last assignment that there was room for."""
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether partitions may be dropped."""
+        return self._drop_share > 0
+
     def accept(self, plan: GroupPlan) -> GroupPlan:
         """Make ready for a plan that was received, and ask the loader for its samples. Collective.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import mpidl.training
+import mpidl.planning
 from mpidl.parameters import Assignment, ParameterManager
 from mpidl.parameters.exchange import Exchange
 from mpidl.runtime import SharedMemoryError, World
@@ -62,7 +62,7 @@ class Wanderer:
 def test_assignments_that_change_with_every_group_change_no_bit_on_any_nodes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mpidl.training, "Balancer", Wanderer)
+    monkeypatch.setattr(mpidl.planning, "Balancer", Wanderer)
     data = classes(150)
     kept = Kept()
     options: dict[str, Any] = {"group_size": 1, "telemetry": kept, "balance": True}
@@ -77,7 +77,7 @@ def test_assignments_that_change_with_every_group_change_no_bit_on_any_nodes(
 def test_the_mpi_reduction_and_those_measured_against_take_assignments_that_change(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mpidl.training, "Balancer", Wanderer)
+    monkeypatch.setattr(mpidl.planning, "Balancer", Wanderer)
     data = classes(64)
     job = job_of(*data, partitions=11, epochs=1)
     expected = made(dense)
@@ -116,7 +116,7 @@ def test_no_room_for_more_rows_costs_a_warning_and_no_bit(
                 raise SharedMemoryError("16 MiB in /dev/shm: No space left on device")
             super().grow(num_slots)
 
-    monkeypatch.setattr(mpidl.training, "Balancer", Wanderer)
+    monkeypatch.setattr(mpidl.planning, "Balancer", Wanderer)
     monkeypatch.setattr("mpidl.parameters.synchronizer.Exchange", Full)
     data = classes(150)
     kept = Kept()
@@ -127,7 +127,7 @@ def test_no_room_for_more_rows_costs_a_warning_and_no_bit(
 
 
 def test_a_replay_repeats_moves(world: World, monkeypatch: pytest.MonkeyPatch, shared_tmp_path: Path) -> None:
-    monkeypatch.setattr(mpidl.training, "Balancer", Wanderer)
+    monkeypatch.setattr(mpidl.planning, "Balancer", Wanderer)
     data = classes(96)
     job = job_of(*data, partitions=11, epochs=1)
     found = []

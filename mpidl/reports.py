@@ -1,0 +1,134 @@
+"""What the ranks report at a group's end: to the coordinator, and for the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpidl.parameters import ParameterManager
+from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, WEIGHT
+from mpidl.scheduling import REPORT_FIELDS, Coordination, Coordinator, Executor, GroupPlan, GroupSize, Replay
+from mpidl.summary import describe_move
+
+
+class Reports:
+    """Gathers the ranks' times, lets the coordinator learn from them, and records them.
+
+    Args:
+        manager: of the parameters.
+        executor: this rank's.
+        coordinator: on rank 0; None elsewhere.
+        group_size: of the groups.
+        record: takes an event and its fields; rank 0's counts.
+    """
+
+    def __init__(
+        self,
+        manager: ParameterManager,
+        executor: Executor,
+        coordinator: Coordinator | Replay | None,
+        group_size: GroupSize,
+        record: Callable[..., None],
+    ) -> None:
+        self.coordination = Coordination()
+        """What control takes."""
+        self._world = manager.world.for_purpose("report")
+        self._manager = manager
+        self._executor = executor
+        self._coordinator = coordinator
+        self._group_size = group_size
+        self._record = record
+        self._told_starts = manager.assignment.starts  # the metrics have the ranges when they change
+        self._told_drops: dict[str, NDArray[np.float64]] = {}
+        self._sums = np.zeros(3)
+        self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
+        self._dropped: list[tuple[int, tuple[int, ...]]] = []
+
+    def add(self, iteration: int, table: NDArray[np.float64]) -> None:
+        """Take the counters of an iteration of the group, which is the training's `iteration`, from 1."""
+        self._sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
+        (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
+        if dropped.size:
+            self._dropped.append((iteration, tuple(dropped.tolist())))
+        if self._coordinator is not None:
+            self._coordinator.note(table)
+
+    def take_dropped(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(iteration, partitions) of what was dropped since the last call."""
+        dropped, self._dropped = tuple(self._dropped), []
+        return dropped
+
+    def gather(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
+        """The group's one gather. Collective.
+
+        Args:
+            plan: of the group.
+            num_iterations: that were done of it.
+            seconds: that they took.
+        """
+        with self.coordination.timed():
+            own = np.concatenate([self._executor.take_seconds(), self._executor.take_pace()])
+            report = self._world.gather(own)
+            coordination_s = self.coordination.end_group(num_iterations, seconds)
+            sums, self._sums = self._sums, np.zeros(3)
+            if self._coordinator is None or report is None:
+                return
+            times, paces = np.split(report, [len(REPORT_FIELDS)], axis=1)
+            self._coordinator.observe(plan, seconds, coordination_s)
+            self._phase_seconds += [*times.mean(axis=0), seconds]
+            told = self._describe(plan, times, paces)
+            self._record(
+                "group",
+                epoch=plan.epoch + 1,
+                iteration=plan.first_iteration + num_iterations,
+                iterations=num_iterations,
+                samples=int(sums[2]),
+                loss=sums[0] / sums[1],
+                lr=plan.learning_rates[num_iterations - 1][0],
+                seconds=seconds,
+                samples_per_s=sums[2] / seconds,
+                coordination_s=coordination_s,
+                **told,
+            )
+            self._balance(plan, num_iterations, times, paces)
+
+    def _describe(self, plan: GroupPlan, times: NDArray[np.float64], paces: NDArray[np.float64]) -> dict[str, Any]:
+        starts, self._told_starts = self._told_starts, plan.assignment.starts
+        return {
+            "group_size": plan.num_iterations,
+            "coordination_share": self._group_size.share,
+            "bucket_bytes": self._manager.bucket_bytes,
+            "phases": dict(zip(REPORT_FIELDS, times.mean(axis=0).tolist(), strict=True)),
+            "wait_s": float(times[:, REPORT_FIELDS.index("wait")].mean()),
+            "slowest_rank": int(times[:, :2].sum(axis=1).argmax()),
+            "seconds_per_sample": paces[:, 0].tolist(),
+            **self.drops("group"),
+            **({} if plan.assignment.starts == starts else {"partition_starts": plan.assignment.starts}),
+        }
+
+    def _balance(
+        self, plan: GroupPlan, num_iterations: int, times: NDArray[np.float64], paces: NDArray[np.float64]
+    ) -> None:
+        assert self._coordinator is not None
+        least = dict(zip(REPORT_FIELDS, times.min(axis=0).tolist(), strict=True))
+        move = self._coordinator.balance(plan, paces, least)
+        if move is not None:
+            iteration = plan.first_iteration + num_iterations
+            self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
+
+    def drops(self, event: str) -> dict[str, int]:
+        """What was dropped since the last event of this name; nothing where nothing may be dropped."""
+        if not self._executor.may_drop:
+            return {}
+        now = self._executor.drops.copy()
+        dropped, repeated = now - self._told_drops.get(event, 0)
+        self._told_drops[event] = now
+        return {"dropped_partitions": int(dropped), "repeated_iterations": int(repeated)}
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of all groups, the mean over ranks, by phase, and "total"; on rank 0."""
+        return dict(zip((*REPORT_FIELDS, "total"), self._phase_seconds.tolist(), strict=True))
