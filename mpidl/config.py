@@ -74,6 +74,9 @@ class Config:
     )
     data: str = setting("digits", "data: a built-in name, FILE.npz, X.npy,Y.npy, or package.module:callable")
     data_dir: str | None = setting(None, "folder that holds the data set's files")
+    data_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=described("arguments for the data's callable, such as {augment = true}")
+    )
     loss: str = setting(
         "cross_entropy",
         "loss: the name of a function in torch.nn.functional or package.module:callable",
