@@ -202,7 +202,7 @@ def test_folders_that_are_missing_empty_or_unknown_are_named(tmp_path: Path) -> 
         ({"size": 0}, "images: size is 0; give an integer of at least 1"),
         ({"size": 32, "resize": 31}, "resize is 31; give an integer of at least size, 32"),
         ({"grey": "yes"}, "images: grey is 'yes'; give true or false"),
-        ({"sise": 3}, r"data images: .*'sise'; it takes .*size: "),
+        ({"sizes": 3}, r"data images: .*'sizes'; it takes .*size: "),
     ],
 )
 def test_wrong_arguments_for_images_are_refused(tmp_path: Path, args: dict[str, Any], message: str) -> None:

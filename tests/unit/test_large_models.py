@@ -140,7 +140,8 @@ def test_auxiliary_heads_count_by_their_weight_while_training_only() -> None:
 def test_a_loss_that_returns_sum_and_weight_keeps_its_weight() -> None:
     loss = losses.WithAuxiliary(lambda outputs, targets: (outputs.sum(), 7.0))
     total, weight = loss((torch.ones(2), torch.ones(3)), None)
-    assert (float(total), weight) == (pytest.approx(2.9), 7.0)
+    assert float(total) == pytest.approx(2.9)
+    assert weight == 7.0
 
 
 def test_a_job_weighs_the_heads_of_the_model_that_it_names() -> None:
