@@ -355,6 +355,8 @@ def _flag_value(name: str, text: str) -> object:
 
 def _parse(name: str, text: str) -> object:
     _, types, words = _fields()[name]
+    if int in types and str in types and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)  # of epochs, where any other text is a trigger
     if text in words or str in types or not types:
         return text
     if dict in types:

@@ -116,9 +116,11 @@ def test_flags_are_converted_to_their_fields_types() -> None:
     assert parse(
         "--batch-size", "32", "--lr", "1e-3", "--group-size", "auto", "--threads-per-rank", "2",
         "--optimizer-args", "{momentum = 0.9, nesterov = true}", "--reduction", "mpi", "--run-dir", "runs/x",
+        "--validate-every", "0", "--checkpoint-every", "seconds(60)", "--data-args", "{augment = true}",
     ) == {
         "batch_size": 32, "lr": 0.001, "group_size": "auto", "threads_per_rank": 2,
         "optimizer_args": {"momentum": 0.9, "nesterov": True}, "reduction": "mpi", "run_dir": "runs/x",
+        "validate_every": 0, "checkpoint_every": "seconds(60)", "data_args": {"augment": True},
     }  # fmt: skip
 
 
@@ -130,6 +132,7 @@ def test_flags_are_converted_to_their_fields_types() -> None:
         (("--group-size", "x"), "--group-size is 'x', must be an integer or 'auto'"),
         (("--optimizer-args", "momentum=0.9"), "--optimizer-args is 'momentum=0.9', must be a table such as"),
         (("--model-args", "3"), "--model-args: model_args is 3 (int), must be a table"),
+        (("--validate-every", "-1"), "validate_every is -1, must be at least 0"),
         (("--schedule", "cosin"), "did you mean cosine?"),
     ],
 )
