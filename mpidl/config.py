@@ -77,6 +77,9 @@ class Config:
     )
     data: str = setting("digits", "data: a built-in name, FILE.npz, X.npy,Y.npy, or package.module:callable")
     data_dir: str | None = setting(None, "folder that holds the data set's files")
+    data_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=described("arguments for the data's callable, such as {augment = true}")
+    )
     loss: str = setting(
         "cross_entropy",
         "loss: the name of a function in torch.nn.functional or package.module:callable",
@@ -375,6 +378,8 @@ def _flag_value(name: str, text: str) -> object:
 
 def _parse(name: str, text: str) -> object:
     _, types, words = _fields()[name]
+    if int in types and str in types and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)  # of epochs, where any other text is a trigger
     if text in words or str in types or not types:
         return text
     if dict in types or bool in types:

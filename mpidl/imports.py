@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -58,6 +59,27 @@ def import_callable(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{spec} is a {type(found).__name__}, which cannot be called; name a function or a class")
     return found  # type: ignore[no-any-return]
+
+
+def check_arguments(what: str, function: Callable[..., Any], args: dict[str, Any]) -> None:
+    """See that a function takes the arguments, by its signature: a TypeError from inside it stays what it is.
+
+    Args:
+        what: to call the function in messages, such as "model lenet5".
+        function: what will be called.
+        args: its keyword arguments.
+
+    Raises:
+        ConfigError: it does not take them; names what it takes.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # what is written in C may have none
+        return
+    try:
+        signature.bind(**args)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}; it takes {signature}") from None
 
 
 def near_names(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpidl import data, metrics, models, optimizers, runtime, scheduling
+from mpidl import data, losses, metrics, models, optimizers, runtime, scheduling
 from mpidl.config import CONFIG_FILE, LAYER_WISE, Config, near, to_toml
 from mpidl.errors import ConfigError
 from mpidl.imports import import_callable
@@ -113,13 +113,15 @@ def prepare(config: Config) -> Parts:
         ConfigError, DataError: something cannot be found, or does not fit.
     """
     loss, optimizer = find_loss(config), find_optimizer(config)
-    found, held_out = data.load_named(config.data, config.data_dir)
+    found, held_out = data.load_named(config.data, config.data_dir, config.data_args)
     train_set = data.as_source(found)
     validation_set = None if held_out is None else data.as_source(held_out)
     schedule = find_schedule(config, len(train_set))
     # Rank 0's weights go to all ranks; the seed alone decides them, whatever was drawn before.
     torch.manual_seed(config.seed)
     model = models.build(config.model, **config.model_args)
+    if hasattr(model, "auxiliary_weight"):
+        loss = losses.WithAuxiliary(loss, model.auxiliary_weight)  # type: ignore[arg-type]  # a number, to torch's Module
     num_classes = getattr(model, "num_classes", None)
     if config.loss in _CLASSIFYING and isinstance(num_classes, int):
         for source in filter(None, (train_set, validation_set)):

@@ -9,7 +9,7 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How many samples' largest output is at their label.
 
     Args:
-        outputs: float, (samples, classes).
-        targets: int64, (samples,); labels.
+        outputs: float, (samples, classes), or (samples, classes, ...) where a sample has several labels.
+        targets: int64, (samples,) or (samples, ...); labels. With several a sample counts by the share that is right.
     """
-    return (outputs.argmax(dim=1) == targets).sum()
+    return (outputs.argmax(dim=1) == targets).sum() / targets[0].numel()

@@ -6,20 +6,14 @@ algorithms", 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from mpidl.data.arrays import check_labels
 from mpidl.data.idx import read_idx
-from mpidl.data.order import Int64Array
-from mpidl.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mpidl.data.pixels import ImageSource
+from mpidl.errors import ConfigError, DataError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 NUM_CLASSES = 10
@@ -27,67 +21,34 @@ NUM_CLASSES = 10
 # Of the training set's pixels, from 0 to 1.
 _MEAN = 0.2860
 _DEVIATION = 0.3530
+_SHIFT = 2
 
 
-class ImageSource:
-    """Grey images, kept as bytes and normalised when they are read: a quarter of the memory of float32.
-
-    A batch is (images, labels): float32, (batch, 1, height, width), (pixel / 255 - mean) / deviation; int64.
-
-    Attributes:
-        targets: int64, (samples,).
-    """
-
-    needs_seeds = False
-
-    def __init__(self, pixels: npt.NDArray[np.uint8], labels: Int64Array, mean: float, deviation: float) -> None:
-        """Keep the arrays.
-
-        Args:
-            pixels: uint8, (samples, height, width).
-            labels: int64, (samples,).
-            mean: of pixels from 0 to 1; what becomes 0.
-            deviation: of pixels from 0 to 1; what becomes 1.
-        """
-        self.targets = labels
-        self._pixels = pixels
-        self._scale = np.float32(1 / (255 * deviation))
-        self._shift = np.float32(-mean / deviation)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def read(self, indices: Int64Array, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Copy and normalise the images at `indices`; seeds have no effect."""
-        import torch
-
-        images = self._pixels.take(indices, axis=0).astype(np.float32)
-        images *= self._scale
-        images += self._shift
-        return torch.from_numpy(images[:, np.newaxis]), torch.from_numpy(self.targets[indices])
-
-
-def fashion_mnist(data_dir: Path | None = None) -> tuple[ImageSource, ImageSource]:
+def fashion_mnist(data_dir: str | Path | None = None, *, augment: bool = False) -> tuple[ImageSource, ImageSource]:
     """Read the 60,000 training and 10,000 test images.
 
     Args:
         data_dir: the folder of train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
             t10k-labels-idx1-ubyte, each with or without .gz; by default where Debian's package puts them.
+        augment: whether training moves images by up to 2 pixels and mirrors half of them.
 
     Raises:
+        ConfigError: augment is neither true nor false.
         DataError: the folder or a file is missing or damaged, the numbers of images and labels differ, or a
             label is not in [0, 10).
     """
-    folder = DEBIAN_FOLDER if data_dir is None else data_dir
+    if not isinstance(augment, bool):
+        raise ConfigError(f"fashion_mnist: augment is {augment!r}; give true or false")
+    folder = DEBIAN_FOLDER if data_dir is None else Path(data_dir)
     if not folder.is_dir():
         raise DataError(
             f"the folder {folder} with Fashion-MNIST does not exist; `make data` installs Debian's package "
             "dataset-fashion-mnist, or give the folder of its four idx files with --data-dir"
         )
-    return _read_set(folder, "train"), _read_set(folder, "t10k")
+    return _read_set(folder, "train", _SHIFT if augment else 0), _read_set(folder, "t10k", 0)
 
 
-def _read_set(folder: Path, part: str) -> ImageSource:
+def _read_set(folder: Path, part: str, shift: int) -> ImageSource:
     images_path = _find(folder, f"{part}-images-idx3-ubyte")
     labels_path = _find(folder, f"{part}-labels-idx1-ubyte")
     pixels, labels = read_idx(images_path), read_idx(labels_path)
@@ -101,7 +62,7 @@ def _read_set(folder: Path, part: str) -> ImageSource:
         check_labels(labels, NUM_CLASSES)
     except DataError as error:
         raise DataError(f"{labels_path}: {error}") from None
-    return ImageSource(pixels, labels.astype(np.int64), _MEAN, _DEVIATION)
+    return ImageSource(pixels, labels.astype(np.int64), _MEAN, _DEVIATION, shift)
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mpidl.data.arrays import is_array
+from mpidl.data.cifar10 import cifar10
 from mpidl.data.digits import digits
 from mpidl.data.fashion_mnist import fashion_mnist
 from mpidl.data.files import open_npy, open_npz_sets
+from mpidl.data.images import images
+from mpidl.data.synthetic import synthetic
+from mpidl.data.text import text
 from mpidl.errors import ConfigError, DataError
-from mpidl.imports import import_callable, near_names
+from mpidl.imports import check_arguments, import_callable, near_names
 
 TrainAndValidation: TypeAlias = tuple[Any, Any]  # each is something that `as_source` takes; validation or None
 
-_BUILT_IN: dict[str, Callable[[Path | None], TrainAndValidation]] = {
-    "digits": lambda data_dir: digits(),
+_BUILT_IN: dict[str, Callable[..., TrainAndValidation]] = {
+    "cifar10": cifar10,
+    "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "images": images,
+    "synthetic": synthetic,
+    "text": text,
 }
 NAMES = tuple(_BUILT_IN)
 
 
-def load_named(name: str, data_dir: str | None = None) -> TrainAndValidation:
+def load_named(
+    name: str, data_dir: str | None = None, data_args: Mapping[str, Any] | None = None
+) -> TrainAndValidation:
     """Load the training and the validation set that a name stands for.
 
     Args:
         name: one of
             `digits`, which comes with the package;
             `fashion_mnist`, from the idx files in data_dir or where Debian's package installs them;
+            `cifar10`, from the files of its binary version in data_dir;
+            `images`, folders of images in data_dir;
+            `text`, text files in data_dir, or the file data_dir;
+            `synthetic`, random samples of any shape;
             `FILE.npz`, with the arrays x and y, and x_val and y_val if there is validation (`open_npz_sets`
             lists the other names);
             `X.npy,Y.npy`, memory-mapped inputs and targets, without validation;
@@ -38,6 +52,7 @@ def load_named(name: str, data_dir: str | None = None) -> TrainAndValidation:
             two arrays or tensors are one data set. It is called with data_dir=... if it takes it.
         data_dir: the folder of the files; relative paths in the name start there. By default they start in
             the current directory.
+        data_args: further arguments of what the name stands for, where that is a built-in name or a callable.
 
     Returns:
         (training set, validation set or None), each of which `as_source` takes.
@@ -46,12 +61,14 @@ def load_named(name: str, data_dir: str | None = None) -> TrainAndValidation:
         ConfigError: the name is unknown, or the callable cannot be imported or called.
         DataError: the data are missing or damaged, or the callable returned something else.
     """
-    folder = Path(data_dir) if data_dir is not None else None
+    args = dict(data_args or {})
     if name in _BUILT_IN:
-        return _BUILT_IN[name](folder)
+        return _call(name, _BUILT_IN[name], data_dir, args)
     if ":" in name:
-        return _call(name, data_dir)
-    base = folder or Path()
+        return _call(name, import_callable(name), data_dir, args)
+    base = Path(data_dir or "")
+    if args and name.endswith((".npz", ".npy")):
+        raise ConfigError(f"data_args has {', '.join(args)}, but {name} takes none; leave them out")
     if name.endswith(".npz"):
         return open_npz_sets(base / name)
     if name.endswith(".npy"):
@@ -66,16 +83,15 @@ def load_named(name: str, data_dir: str | None = None) -> TrainAndValidation:
     )
 
 
-def _call(spec: str, data_dir: str | None) -> TrainAndValidation:
-    function = import_callable(spec)
+def _call(name: str, function: Callable[..., Any], data_dir: str | None, args: dict[str, Any]) -> TrainAndValidation:
     if "data_dir" in inspect.signature(function).parameters:
-        result = function(data_dir=data_dir)
+        args |= {"data_dir": data_dir}
     elif data_dir is not None:
-        raise ConfigError(f"{spec} takes no data_dir, but one was given, {data_dir}; leave it out, or let it take one")
-    else:
-        result = function()
+        raise ConfigError(f"{name} takes no data_dir, but one was given, {data_dir}; leave it out, or let it take one")
+    check_arguments(f"data {name}", function, args)
+    result = function(**args)
     if result is None:
-        raise DataError(f"{spec} returned None; return (training set, validation set) or one data set")
+        raise DataError(f"{name} returned None; return (training set, validation set) or one data set")
     if isinstance(result, tuple | list) and len(result) == 2 and not is_array(result[0]):
         return result[0], result[1]
     return result, None

@@ -1,57 +1,99 @@
-"""VGG networks for 32x32 images, with batch normalisation and dropout, as BigDL builds them for CIFAR-10."""
+"""VGG networks for ImageNet, as in the paper; `vgg_small.py` has those for 32x32 images.
+
+Names and shapes of the parameters are torchvision's, so its weights can be loaded.
+
+Source: Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from mpidl.models.checks import check_count, check_images
+from mpidl.models.checks import check_count, check_images, check_share
 
-_VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
-_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+_VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 
-class _VGG(nn.Module):
-    """Blocks of convolutions, each ending in a pooling, and two linear layers.
+def vgg16(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5) -> nn.Module:
+    """Make VGG-16, configuration D: 138,357,544 parameters for 1,000 classes."""
+    return VGG("vgg16", _VGG16, False, num_classes, in_channels, image_size, dropout)
+
+
+def vgg16_bn(
+    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5
+) -> nn.Module:
+    """Make VGG-16 with batch normalisation: 138,365,992 parameters for 1,000 classes."""
+    return VGG("vgg16_bn", _VGG16, True, num_classes, in_channels, image_size, dropout)
+
+
+def vgg19(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5) -> nn.Module:
+    """Make VGG-19, configuration E: 143,667,240 parameters for 1,000 classes."""
+    return VGG("vgg19", _VGG19, False, num_classes, in_channels, image_size, dropout)
+
+
+def vgg19_bn(
+    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5
+) -> nn.Module:
+    """Make VGG-19 with batch normalisation: 143,678,248 parameters for 1,000 classes."""
+    return VGG("vgg19_bn", _VGG19, True, num_classes, in_channels, image_size, dropout)
+
+
+class VGG(nn.Module):
+    """Five blocks of convolutions, each ending in a pooling, and three linear layers.
 
     Args:
         name: of the model, for messages.
-        blocks: output channels of the convolutions of every block; five blocks bring 32x32 down to 1x1.
+        blocks: output channels of the convolutions of every block.
+        batch_norm: whether each convolution is followed by a batch normalisation.
         num_classes: number of outputs.
+        in_channels: the images' channels.
+        image_size: the images' height and width, at least 32; the linear layers see 7x7 maps whatever it is.
+        dropout: share of the hidden linear layers' values that training drops.
+
+    Raises:
+        ConfigError: an argument is out of its range.
     """
 
-    image_shape = (3, 32, 32)
-
-    def __init__(self, name: str, blocks: Sequence[Sequence[int]], num_classes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        blocks: Sequence[Sequence[int]],
+        batch_norm: bool,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         check_count(name, "num_classes", num_classes)
+        check_count(name, "in_channels", in_channels)
+        check_count(name, "image_size", image_size, 32)
+        check_share(name, "dropout", dropout)
         self.num_classes = num_classes
+        self.image_shape = (in_channels, image_size, image_size)
         self._name = name
-        layers: list[nn.Module] = []
-        in_channels = self.image_shape[0]
-        for block in blocks:
-            for index, out_channels in enumerate(block):
-                layers += _convolution(in_channels, out_channels)
-                if index < len(block) - 1:
-                    layers.append(nn.Dropout(0.4 if len(layers) > 3 else 0.3))
-                in_channels = out_channels
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.features = nn.Sequential(*_features(blocks, in_channels, batch_norm))
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
-            nn.Dropout(0.5),
-            nn.Linear(in_channels, 512),
-            nn.BatchNorm1d(512),
+            nn.Linear(blocks[-1][-1] * 7 * 7, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(512, num_classes),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, num_classes),
         )
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Score images.
 
         Args:
-            images: floating point, (batch, 3, 32, 32); at least two while training, for the last normalisation.
+            images: floating point, (batch, in_channels, image_size, image_size).
 
         Returns:
             Logits, (batch, num_classes).
@@ -60,48 +102,30 @@ class _VGG(nn.Module):
             DataError: the images are of another shape or type.
         """
         check_images(self._name, images, self.image_shape)
-        logits: Tensor = self.classifier(self.features(images))
+        features = self.avgpool(self.features(images))
+        logits: Tensor = self.classifier(torch.flatten(features, 1))
         return logits
 
 
-class VGG16(_VGG):
-    """BigDL's VGG-16 for CIFAR-10: 13 convolutions, 2 linear layers; 14,991,946 parameters for ten classes.
-
-    It ends in logits, where the original has a LogSoftMax.
-
-    Args:
-        num_classes: number of outputs.
-
-    Raises:
-        ConfigError: the argument is not a positive integer.
-
-    Source: VggForCifar10 in BigDL's models/vgg; Simonyan, Zisserman, ICLR 2015, configuration D.
-    """
-
-    def __init__(self, *, num_classes: int = 10) -> None:
-        super().__init__("vgg16_32", _VGG16, num_classes)
+def _features(blocks: Sequence[Sequence[int]], in_channels: int, batch_norm: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for block in blocks:
+        for out_channels in block:
+            layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(out_channels))
+            layers.append(nn.ReLU(inplace=True))
+            in_channels = out_channels
+        layers.append(nn.MaxPool2d(2))
+    return layers
 
 
-class VGG13(_VGG):
-    """The same with two convolutions in every block; 9,679,690 parameters for ten classes.
-
-    Args:
-        num_classes: number of outputs.
-
-    Raises:
-        ConfigError: the argument is not a positive integer.
-
-    Source: Simonyan, Zisserman, ICLR 2015, configuration B.
-    """
-
-    def __init__(self, *, num_classes: int = 10) -> None:
-        super().__init__("vgg13_32", _VGG13, num_classes)
-
-
-def _convolution(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """A convolution that keeps height and width, normalised. Its bias is the original's."""
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels, eps=1e-3),
-        nn.ReLU(inplace=True),
-    ]
+def _initialize(model: nn.Module) -> None:
+    """He's initialisation, without which the networks that do not normalise learn nothing for long."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -116,11 +116,13 @@ def test_flags_are_converted_to_their_fields_types() -> None:
     assert parse(
         "--batch-size", "32", "--lr", "1e-3", "--group-size", "auto", "--threads-per-rank", "2",
         "--optimizer-args", "{momentum = 0.9, nesterov = true}", "--reduction", "mpi", "--run-dir", "runs/x",
-        "--error-feedback", "true",
+        "--error-feedback", "true", "--validate-every", "0", "--checkpoint-every", "seconds(60)",
+        "--data-args", "{augment = true}",
     ) == {
         "batch_size": 32, "lr": 0.001, "group_size": "auto", "threads_per_rank": 2,
         "optimizer_args": {"momentum": 0.9, "nesterov": True}, "reduction": "mpi", "run_dir": "runs/x",
-        "error_feedback": True,
+        "error_feedback": True, "validate_every": 0, "checkpoint_every": "seconds(60)",
+        "data_args": {"augment": True},
     }  # fmt: skip
 
 
@@ -134,6 +136,7 @@ def test_flags_are_converted_to_their_fields_types() -> None:
         (("--error-feedback", "yes"), "--error-feedback is 'yes', must be true or false"),
         (("--error-feedback", "1"), "error_feedback is 1 (int), must be true or false"),
         (("--model-args", "3"), "--model-args: model_args is 3 (int), must be a table"),
+        (("--validate-every", "-1"), "validate_every is -1, must be at least 0"),
         (("--schedule", "cosin"), "did you mean cosine?"),
     ],
 )

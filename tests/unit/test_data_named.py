@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpidl.data import NAMES, as_source, digits, load_named
-from mpidl.data.fashion_mnist import DEBIAN_FOLDER, ImageSource
+from mpidl.data import NAMES, ImageSource, as_source, digits, load_named
+from mpidl.data.fashion_mnist import DEBIAN_FOLDER
 from mpidl.errors import ConfigError, DataError
 from mpidl.imports import import_attribute, import_callable
 

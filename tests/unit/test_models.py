@@ -24,26 +24,39 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+LARGE = dict.fromkeys(
+    ("googlenet", "googlenet_bn", "inception_v1", "resnet50", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"), (3, 224, 224)
+) | {"inception_v3": (3, 299, 299)}
 IMAGES = {
     "digits_cnn": (1, 8, 8), "fashion_cnn": (1, 28, 28), "lenet5": (1, 28, 28),
-    "vgg13_32": (3, 32, 32), "vgg16_32": (3, 32, 32), "inception_v1": (3, 224, 224),
+    "vgg13_32": (3, 32, 32), "vgg16_32": (3, 32, 32), "vgg19_32": (3, 32, 32), **LARGE,
 }  # fmt: skip
+NUM_HEADS = {"googlenet": 3, "googlenet_bn": 3, "inception_v3": 2}
 
 
-def test_the_table_of_this_test_has_every_model() -> None:
-    assert set(models.NAMES) == set(IMAGES)
+def heads(outputs: object) -> tuple[torch.Tensor, ...]:
+    found = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(isinstance(each, torch.Tensor) for each in found)
+    return found
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+def test_the_table_of_this_test_has_every_model_of_images() -> None:
+    assert {name for name in models.NAMES if name != "gpt"} == set(IMAGES)
+
+
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("num_classes", [1, 7, 10])
-def test_outputs_are_one_logit_per_class(name: str, num_classes: int) -> None:
-    model = models.build(name, num_classes=num_classes)
+def test_outputs_are_one_logit_per_class_and_head(name: str, num_classes: int) -> None:
+    with torch.device("meta"):  # shapes without numbers
+        model = models.build(name, num_classes=num_classes)
+        images = torch.zeros(3, *IMAGES[name])
     assert model.num_classes == num_classes
     assert model.image_shape == IMAGES[name]
-    assert model(torch.zeros(3, *IMAGES[name])).shape == (3, num_classes)
+    assert [head.shape for head in heads(model(images))] == [(3, num_classes)] * NUM_HEADS.get(name, 1)
+    assert model.eval()(images).shape == (3, num_classes)
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", [name for name in IMAGES if name not in LARGE])
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     model = models.build(name)
@@ -82,13 +95,15 @@ def test_parameter_counts_of_inception_are_those_of_the_paper_s_table() -> None:
         layers += [(inputs, width, 1) for width in (one, three_in, five_in, pooled)]
         layers += [(three_in, three, 3), (five_in, five, 5)]
     expected = sum(conv(*layer, bias=False) + 2 * layer[1] for layer in layers) + linear(1024, 1000)
-    assert num_parameters(models.build("inception_v1")) == expected
+    with torch.device("meta"):
+        assert num_parameters(models.build("inception_v1")) == expected
 
 
 def test_parameter_counts_are_those_of_the_docstrings() -> None:
     for name in models.NAMES:
-        model = models.build(name)
-        assert f"{num_parameters(model):,} parameters" in (type(model).__doc__ or "")
+        factory = getattr(models, name, None) or type(models.build(name))
+        with torch.device("meta"):
+            assert f"{num_parameters(models.build(name)):,} parameters" in (factory.__doc__ or "")
     assert num_parameters(models.LeNet5()) == 61_706
 
 
@@ -97,11 +112,13 @@ def test_lenet_takes_colour_images() -> None:
     assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("shape", [(4, 28), (4, 1, 28), (4, 1, 27, 28), (4, 28, 28, 1), (4, 3, 8, 8)])
 def test_images_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model, images = models.build(name), torch.zeros(shape)
     with pytest.raises(DataError, match=rf"{name} takes images of shape \(batch, \d, .* but got .*4, .*reshape"):
-        models.build(name)(torch.zeros(shape))
+        model(images)
 
 
 def test_images_of_integers_are_refused() -> None:
@@ -110,7 +127,9 @@ def test_images_of_integers_are_refused() -> None:
 
 
 def test_an_unknown_name_gets_near_names_and_all_names() -> None:
-    with pytest.raises(ConfigError, match=r"unknown model 'lenet'; did you mean 'lenet5'\?; allowed are digits_cnn"):
+    with pytest.raises(
+        ConfigError, match=r"unknown model 'lenet'; did you mean 'lenet5' or .*\?; allowed are digits_cnn"
+    ):
         models.build("lenet")
 
 
@@ -120,7 +139,7 @@ def test_an_unknown_argument_gets_the_signature() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, True, "10", 2.0])
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_wrong_number_of_classes_is_refused(name: str, num_classes: object) -> None:
     with pytest.raises(ConfigError, match=f"{name}: num_classes is .*at least 1"):
         models.build(name, num_classes=num_classes)
