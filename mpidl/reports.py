@@ -50,9 +50,10 @@ class Reports:
     def add(self, iteration: int, table: NDArray[np.float64]) -> None:
         """Take the counters of an iteration of the group, which is the training's `iteration`, from 1."""
         self._sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
-        (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
-        if dropped.size:
-            self._dropped.append((iteration, tuple(dropped.tolist())))
+        if table[:, FLAGS].any():
+            (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
+            if dropped.size:
+                self._dropped.append((iteration, tuple(dropped.tolist())))
         if self._coordinator is not None:
             self._coordinator.note(table)
 

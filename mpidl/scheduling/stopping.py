@@ -88,6 +88,8 @@ def describe_stop(flags: NDArray[np.int64], assignment: Assignment) -> str | Non
         flags: int, (num_partitions,); of an iteration's counters.
         assignment: of the iteration.
     """
+    if not flags.any():
+        return None
     texts = {
         StopReason.SIGNAL: "a signal to rank {rank}",
         StopReason.FILE: f"the file {STOP_FILE}",
