@@ -22,6 +22,7 @@ from mpidl.errors import ConfigError
 if TYPE_CHECKING:
     from mpidl.runtime import World
 
+_REPLAY_FLAGS = ("run_dir", "data_dir", "loader_workers")
 _EVALUATE_FLAGS = ("data_dir", "eval_batch_size", "threads_per_rank")
 
 
@@ -163,6 +164,12 @@ def _config_of_replay(parsed: argparse.Namespace) -> Config:
     for name, given in (("--resume", parsed.resume), ("a job file", parsed.job)):
         if given is not None:
             raise ConfigError(f"--replay {parsed.replay} has its own settings and begins anew; leave out {name}")
+    for name in parsed.overrides:
+        if name not in _REPLAY_FLAGS:
+            raise ConfigError(
+                f"--replay {parsed.replay} has its own settings; leave out --{name.replace('_', '-')}; flags allowed "
+                f"with it: {', '.join('--' + each.replace('_', '-') for each in _REPLAY_FLAGS)}"
+            )
     return configuration.load(_config_file(parsed.replay), {"run_dir": "auto", **parsed.overrides})
 
 
@@ -260,7 +267,7 @@ def plan(parsed: argparse.Namespace) -> None:
     from mpidl.telemetry import Console, tables
 
     recording = read_recording(Path(parsed.run_dir))
-    rows = [tables.of_group(group.to_json()) for group in recording.groups]
+    rows = [tables.of_group(number, group.to_json()) for number, group in enumerate(recording.groups)]
     Console().print_table(f"plans of {parsed.run_dir}", rows, tables.GROUP_HEADERS)
 
 

@@ -112,7 +112,7 @@ class Config:
         minimum=1,
     )  # fmt: skip
     max_group_seconds: float = setting(
-        2.0, "the longest time that group_size auto lets a group take; signals wait for a group's end", minimum=0
+        2.0, "the longest time that group_size auto lets a group take; balance acts at a group's end", minimum=0
     )
     reduction: Literal["ordered", "mpi", "driver", "tree", "allreduce"] = setting(
         "ordered",

@@ -6,11 +6,13 @@ import copy
 
 from mpidl.errors import ConfigError
 from mpidl.parameters import ParameterManager
+from mpidl.runtime import World
 from mpidl.scheduling import (
     Balancer,
     Coordinator,
     DropBudget,
     GroupSize,
+    Header,
     LearningRates,
     Recording,
     Triggers,
@@ -35,7 +37,7 @@ def make_triggers(
     """
     per_epoch = num_iterations(num_samples, settings.batch_size)
     if replay is not None:
-        return replay.triggers(per_epoch, epochs)
+        return replay.triggers(per_epoch, epochs, keeps=settings.run_dir is not None)
     made = Triggers(
         iterations_per_epoch=per_epoch,
         epochs=epochs,
@@ -45,6 +47,26 @@ def make_triggers(
         end=as_trigger("end_when", settings.end_when),
     )
     return copy.deepcopy(made)  # the user's own remember nothing of this training, and may serve the next
+
+
+def make_header(settings: Settings, world: World, num_samples: int, epochs: int) -> Header:
+    """What a training's plans are made for."""
+    return Header(
+        num_samples=num_samples,
+        batch_size=settings.batch_size,
+        epochs=epochs,
+        partitions=settings.partitions,
+        world_size=world.size,
+        num_nodes=world.num_nodes,
+        seed=settings.seed,
+        threads_per_rank=world.threads_per_rank,
+        reduction=settings.reduction,
+        wire=settings.wire,
+        error_feedback=settings.error_feedback,
+        clip_norm=settings.clip_norm,
+        clip_value=settings.clip_value,
+        drop_share=settings.drop_share,
+    )
 
 
 def measured(settings: Settings, triggers: Triggers) -> tuple[str, ...]:

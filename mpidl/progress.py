@@ -30,6 +30,8 @@ class Progress:
     """loss_sum, weight, samples of the epoch so far."""
     validations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """The results of all validations: learning rates and triggers may depend on them."""
+    ended_by: str | None = None
+    """The trigger that has ended the training before its last epoch; None: none has."""
 
     @property
     def newest_validation(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Checkpoints:
             "iteration": progress.iteration,
             "epoch_sums": progress.epoch_sums.tolist(),
             "validations": progress.validations,
+            "ended_by": progress.ended_by,
             **self._identity(),
         }
         size = checkpoint.save(self._manager, path, kept)
@@ -103,7 +106,7 @@ class Checkpoints:
                     )
                 )
         self.last, self.last_iteration = path, int(kept["iteration"])
-        return Progress(self.last_iteration, np.array(kept["epoch_sums"]), kept["validations"])
+        return Progress(self.last_iteration, np.array(kept["epoch_sums"]), kept["validations"], kept["ended_by"])
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same in a resumed run for the same numbers."""

@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.parameters import ParameterManager
-from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, WEIGHT
+from mpidl.parameters.counters import LOSS_SUM, SAMPLES, WEIGHT
 from mpidl.scheduling import REPORT_FIELDS, Coordination, Coordinator, Executor, GroupPlan, GroupSize, Replay
 from mpidl.summary import describe_move
+
+_MANY_REPEATED, _REPEATED_SHARE = 5, 0.1
+"""Iterations that were repeated, and their share, from which on a warning is due."""
 
 
 class Reports:
@@ -45,22 +48,15 @@ class Reports:
         self._told_drops: dict[str, NDArray[np.float64]] = {}
         self._sums = np.zeros(3)
         self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
-        self._dropped: list[tuple[int, tuple[int, ...]]] = []
+        self._num_iterations = 0
+        self._has_warned = False
 
-    def add(self, iteration: int, table: NDArray[np.float64]) -> None:
-        """Take the counters of an iteration of the group, which is the training's `iteration`, from 1."""
+    def add(self, table: NDArray[np.float64]) -> None:
+        """Take the counters of an iteration of the group."""
         self._sums += table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
-        if table[:, FLAGS].any():
-            (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
-            if dropped.size:
-                self._dropped.append((iteration, tuple(dropped.tolist())))
+        self._num_iterations += 1
         if self._coordinator is not None:
             self._coordinator.note(table)
-
-    def take_dropped(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(iteration, partitions) of what was dropped since the last call."""
-        dropped, self._dropped = tuple(self._dropped), []
-        return dropped
 
     def gather(self, plan: GroupPlan, num_iterations: int, seconds: float) -> None:
         """The group's one gather. Collective.
@@ -95,6 +91,19 @@ class Reports:
                 **told,
             )
             self._balance(plan, num_iterations, times, paces)
+            self._warn_of_repetitions()
+
+    def _warn_of_repetitions(self) -> None:
+        """Say once that the budget is too small for what may be dropped."""
+        repeated = int(self._executor.drops[1])
+        if self._has_warned or repeated < _MANY_REPEATED or repeated < _REPEATED_SHARE * self._num_iterations:
+            return
+        self._has_warned = True
+        self._record(
+            "warning",
+            message=f"{repeated} of {self._num_iterations} iterations were computed twice, since more partitions than "
+            "drop_share allows had not started when the budget was spent; give a larger drop_budget_s or drop_share",
+        )
 
     def _describe(self, plan: GroupPlan, times: NDArray[np.float64], paces: NDArray[np.float64]) -> dict[str, Any]:
         starts, self._told_starts = self._told_starts, plan.assignment.starts

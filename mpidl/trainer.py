@@ -14,8 +14,9 @@ from mpidl import checkpoint
 from mpidl.data import as_source
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment, OptimizerFactory, ParameterManager
+from mpidl.planning import make_header
 from mpidl.runtime import init
-from mpidl.scheduling import Header, LossFunction, Metric, Recording, ScheduleFactory, Trigger, read_recording
+from mpidl.scheduling import LossFunction, Metric, Recording, ScheduleFactory, Trigger, read_recording
 from mpidl.settings import Settings
 from mpidl.telemetry import Telemetry
 from mpidl.training import Training
@@ -34,7 +35,7 @@ class Trainer:
         batch_size: samples of an iteration, over all ranks.
         partitions: into how many parts an iteration's batch is cut; at least the number of ranks.
         group_size: iterations planned by one broadcast; "auto": so many that plans and reports take 1 to 5 % of time.
-        max_group_seconds: the longest time that "auto" lets a group take, about: signals wait for a group's end.
+        max_group_seconds: the longest time that "auto" lets a group take, about: balance acts at a group's end.
         schedule: callable from an optimizer to a torch learning-rate scheduler, stepped every iteration; a
             ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
             `mpidl.scheduling.Plateau`).
@@ -184,7 +185,10 @@ class Trainer:
         with self.world.agreed("preparing the run directory"):
             self._prepare_run_dir(resume)
         manager = self._open_manager()
-        recording = None if replay is None else self._read_plans(pathlib.Path(replay), len(train), epochs, resume)
+        recording = None
+        if replay is not None:
+            run_dir, validates = pathlib.Path(replay), validation is not None
+            recording = self._read_plans(run_dir, len(train), epochs, resume=resume, validates=validates)
         training = Training(
             self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume, replay=recording
         )
@@ -195,7 +199,9 @@ class Trainer:
         finally:
             training.close()
 
-    def _read_plans(self, run_dir: pathlib.Path, num_samples: int, epochs: int, resume: bool) -> Recording:
+    def _read_plans(
+        self, run_dir: pathlib.Path, num_samples: int, epochs: int, *, resume: bool, validates: bool
+    ) -> Recording:
         """The plans of an earlier run, on all ranks, after a look whether they fit."""
         found: Recording | None = None
         with self.world.agreed("reading the plans to repeat"):
@@ -203,8 +209,8 @@ class Trainer:
                 raise ConfigError("replay begins at the first iteration; leave resume out")
             if self.world.rank == 0:
                 found = read_recording(run_dir)
-                settings = self._settings
-                found.check(Header(num_samples, settings.batch_size, epochs, settings.partitions, self.world.size))
+                header = make_header(self._settings, self.world, num_samples, epochs)
+                found.check(header, validates=validates)
         recording: Recording = self.world.broadcast_object(found)
         return recording
 

@@ -27,8 +27,8 @@ from mpidl import checkpoint
 from mpidl.data import Loader, Source
 from mpidl.errors import NonFiniteLossError
 from mpidl.parameters import Assignment, ParameterManager
-from mpidl.parameters.counters import FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
-from mpidl.planning import make_coordinator, make_triggers, measured
+from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
+from mpidl.planning import make_coordinator, make_header, make_triggers, measured
 from mpidl.progress import ONLY_AT_END, Checkpoints, Progress
 from mpidl.reports import Reports
 from mpidl.runtime import World, signals
@@ -40,7 +40,6 @@ from mpidl.scheduling import (
     Group,
     GroupPlan,
     GroupSize,
-    Header,
     PlanChannel,
     PlanLog,
     Recording,
@@ -49,6 +48,7 @@ from mpidl.scheduling import (
     capacity,
     describe_stop,
     end_time_of_job,
+    last_partitions,
 )
 from mpidl.settings import Settings
 from mpidl.summary import describe_end, describe_start
@@ -87,8 +87,15 @@ class Training:
         self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch)
         self._progress = self._resumed() if resume else Progress()
         self._first_iteration = self._progress.iteration
-        self._stop_requests = self._listen()
+        group_size = GroupSize(settings.group_size, settings.max_group_seconds)
+        self._coordinator: Coordinator | Replay | None = None
+        with world.agreed("making the learning-rate schedule"):
+            self._triggers.check(measured(settings, self._triggers))
+            if world.rank == 0:
+                self._coordinator = Replay(replay, world.size) if replay else self._make_coordinator(group_size)
+        self._remember_validations()
         self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
+        self._stop_requests = self._listen()
         self._executor = make_executor(
             manager,
             settings.model,
@@ -100,21 +107,16 @@ class Training:
             drop_share=settings.drop_share,
             drops=None if replay is None else replay.drops,
         )
-        group_size = GroupSize(settings.group_size, settings.max_group_seconds)
-        self._coordinator: Coordinator | Replay | None = None
-        with world.agreed("making the learning-rate schedule"):
-            self._triggers.check(measured(settings, self._triggers))
-            if world.rank == 0:
-                self._coordinator = Replay(replay) if replay else self._make_coordinator(group_size)
-        self._remember_validations()
         largest = replay.largest_group if replay else group_size.largest
-        size = capacity(largest, world.size, len(manager.param_groups))
+        size = capacity(min(largest, per_epoch), world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._reports = Reports(manager, self._executor, self._coordinator, group_size, self._record)
         self._coordination = self._reports.coordination
         self._history: list[dict[str, Any]] = []
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
+        self._dropped: list[tuple[int, tuple[int, ...]]] = []
+        """And what was dropped: iterations that were done, and the last one's partitions."""
         self._plan_log: PlanLog | None = None
         self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
@@ -124,7 +126,8 @@ class Training:
         signals.listen()
         is_first, run_dir = self._world.rank == 0, self._settings.run_dir
         stop_file = None if run_dir is None or not is_first else run_dir / STOP_FILE
-        made = StopRequests(stop_file, end_time_of_job(self._settings.max_seconds) if is_first else None)
+        max_seconds = None if self._replay else self._settings.max_seconds
+        made = StopRequests(stop_file, end_time_of_job(max_seconds) if is_first else None)
         made.obeyed()  # by an earlier run that ended before it saw the file
         return made
 
@@ -162,9 +165,10 @@ class Training:
     def run(self) -> list[dict[str, Any]]:
         """Run all groups; returns the events of epochs and validations."""
         self._record("start", **describe_start(self._facts()))
+        self._warn_of_idle_ranks()
         if self._world.rank == 0 and self._settings.run_dir is not None:
             settings, epochs = self._settings, self._triggers.epochs
-            header = Header(self._num_samples, settings.batch_size, epochs, settings.partitions, self._world.size)
+            header = make_header(settings, self._world, self._num_samples, epochs)
             self._plan_log = PlanLog(self._settings.run_dir, header)
         if not self._settings.model.training:
             self._settings.model.train()
@@ -176,39 +180,57 @@ class Training:
         self._finish()
         return self._history
 
+    def _warn_of_idle_ranks(self) -> None:
+        settings, size = self._settings, self._world.size
+        parts = last_partitions(self._num_samples, settings.batch_size, settings.partitions)
+        if self._triggers.iterations_per_epoch == 1 and parts < size:
+            message = f"{self._num_samples} samples make {parts} partitions: ranks from {parts} on have nothing to do"
+            self._record("warning", message=f"{message}, and signals to them are not seen")
+
     def _is_over(self) -> bool:
         """Whether the checkpoint that this run began from is of a training that has ended."""
-        done = self._progress.iteration
-        facts = self._triggers.facts(done, np.nan, 0.0, self._progress.newest_validation)
-        return done > 0 and (facts.is_last or done > self._triggers.total_iterations)
+        progress, triggers = self._progress, self._triggers
+        has_ended = progress.ended_by is not None and progress.ended_by == repr(triggers.end)
+        return progress.iteration > 0 and (has_ended or progress.iteration >= triggers.total_iterations)
 
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due on its way; returns the next plan, None after the last."""
         try:
             return self._run_iterations(plan)
+        except NonFiniteLossError as error:
+            self._channel.drop()
+            self._fail(error)
+            raise
         finally:
-            acts, self._acts = tuple(self._acts), []
-            drops = self._reports.take_dropped()
-            if self._plan_log is not None:
-                with self._coordination.timed():
-                    self._plan_log.write(Group(plan, self._progress.iteration - plan.first_iteration, acts, drops))
+            self._write_down(plan)
+            self._acts.clear()
+            self._dropped.clear()
+
+    def _write_down(self, plan: GroupPlan) -> None:
+        """Keep the group as far as it was carried out."""
+        if self._plan_log is not None:
+            with self._coordination.timed():
+                done = self._progress.iteration - plan.first_iteration
+                self._plan_log.write(Group(plan, done, tuple(self._acts), tuple(self._dropped)))
 
     def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None
         is_sent_ahead = not plan.actions & (Action.END | Action.WAIT)
         if is_sent_ahead:
             self._send()
+        if is_sent_ahead and plan.num_iterations == 1:
+            following = self._receive()  # behind its only iteration, reading could not run ahead
         seconds = 0.0
         for index in range(plan.num_iterations):
             began = time.perf_counter()
             table = self._iterate(plan, index)
-            if index == 0 and is_sent_ahead:
+            if index == 0 and is_sent_ahead and following is None:
                 following = self._receive()
             seconds += time.perf_counter() - began
             is_end = index == plan.num_iterations - 1
             if is_end:
                 self._reports.gather(plan, index + 1, seconds)
-            if not self._act(self._executor.assignment(plan, index), table):
+            if not self._act(plan, self._executor.assignment(plan, index), table):
                 self._channel.drop()
                 if not is_end:
                     self._reports.gather(plan, index + 1, seconds)
@@ -230,14 +252,12 @@ class Training:
         return self._executor.accept(plan)
 
     def _iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
-        try:
-            table = self._executor.iterate(plan, index)
-        except NonFiniteLossError as error:
-            self._channel.drop()
-            self._fail(error)
-            raise
+        table = self._executor.iterate(plan, index)
         self._progress.iteration += 1
-        self._reports.add(self._progress.iteration, table)
+        if table[:, FLAGS].any():
+            (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
+            self._dropped += [(self._progress.iteration, tuple(dropped.tolist()))] if dropped.size else []
+        self._reports.add(table)
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
         self._progress.epoch_sums += sums
         self._summary_sums += sums
@@ -245,10 +265,11 @@ class Training:
 
     # --- what is due ----------------------------------------------------------------------------------------------
 
-    def _act(self, assignment: Assignment, table: NDArray[np.float64]) -> bool:
+    def _act(self, plan: GroupPlan, assignment: Assignment, table: NDArray[np.float64]) -> bool:
         """Do what is due after an iteration, all ranks together; returns whether the training goes on.
 
         Args:
+            plan: of the group.
             assignment: of the iteration.
             table: its counters.
         """
@@ -260,21 +281,23 @@ class Training:
             self._did(Action.END_EPOCH)
             self._tell_epoch()
             progress.epoch_sums[:] = 0
-        if triggers.fires(triggers.summarize, facts):
-            self._summarize()
         only_at_end = facts.is_last and not triggers.holds_before_end(triggers.validate, facts)
         if triggers.fires(triggers.validate, facts):
             self._validate(only_at_end=only_at_end)
             facts = triggers.facts(progress.iteration, loss, seconds, progress.newest_validation)
-        if facts.is_last and not ends_epoch:
-            self._tell_epoch()
-        if triggers.fires(triggers.checkpoint, facts):
-            self._save()
+        if triggers.fires(triggers.summarize, facts):
+            self._summarize()
         if facts.is_last:
             self._did(Action.END)
+            if not ends_epoch:
+                self._tell_epoch()
+            if progress.iteration < triggers.total_iterations:
+                progress.ended_by = repr(triggers.end)
+        if triggers.fires(triggers.checkpoint, facts):
+            self._save(plan)
         stop = describe_stop(table[:, FLAGS].astype(int), assignment)
         if stop is not None and not facts.is_last:
-            self._stop(stop)
+            self._stop(plan, stop)
         if ends_epoch:
             self._epoch_began = time.perf_counter()
         return not facts.is_last and stop is None
@@ -310,6 +333,8 @@ class Training:
     def _validate(self, *, only_at_end: bool) -> None:
         assert self._validation is not None, "validations are due only where there is a validation set"
         self._did(Action.VALIDATE)
+        if only_at_end:
+            self._did(Action.ONLY_AT_END)
         self._executor.settle()
         began = time.perf_counter()
         if self._validation_loader is None:
@@ -322,20 +347,21 @@ class Training:
         if self._coordinator is not None:
             self._coordinator.validated(self._progress.iteration, result)
 
-    def _save(self) -> None:
+    def _save(self, plan: GroupPlan) -> None:
         self._did(Action.CHECKPOINT)
         self._executor.settle()
+        self._write_down(plan)  # what the checkpoint holds, in case that this run is killed
         fields = self._checkpoints.save(self._progress)
         self._stop_requests.took_checkpoint(fields["seconds"])
         self._record("checkpoint", **fields)
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, plan: GroupPlan, reason: str) -> None:
         """Keep what there is, and say how to go on."""
         self._executor.settle()
         kept = "nothing is kept, since there is no run directory"
         if self._settings.run_dir is not None:
             if self._checkpoints.last_iteration != self._progress.iteration:
-                self._save()
+                self._save(plan)
             kept = f"go on with resume=True, or mpidl train --resume {self._settings.run_dir}"
         self._stop_requests.obeyed()
         self.stopped = f"{reason} stopped all ranks after iteration {self._progress.iteration}; {kept}"
@@ -376,7 +402,8 @@ class Training:
                 weights = run_dir / checkpoint.WEIGHTS
                 checkpoint.save_weights(self._settings.model.state_dict(), weights)
         is_early = done < self._triggers.total_iterations
-        message = f"ended early, as end_when says: {self._settings.end_when}" if is_early else None
+        reason = "the run that is repeated did" if self._replay else f"end_when says: {self._settings.end_when}"
+        message = f"ended early, as {reason}" if is_early else None
         self._record_end("finished", message, {**found, "weights": _text(weights)})
 
     def _record_end(self, status: str, message: str | None, found: dict[str, Any]) -> None:

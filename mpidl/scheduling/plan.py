@@ -41,6 +41,8 @@ class Action(enum.IntFlag):
     WAIT = 16
     """The next plan depends on the validation: it is made and sent after it, not while the group runs."""
     SUMMARIZE = 32
+    ONLY_AT_END = 64
+    """Of a validation that was done: because the training ended there, and for no other reason."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The plans of a run, written down as they were carried out, read, and repeated.
 
 `plans.jsonl` in the run directory: each run, also one that goes on from a checkpoint, begins with a line about itself
-(`Header`); behind it stands one line for each group, written when the group has ended, also where that was too early:
-the plan, how many of its iterations were done, and what was done after which of them.
+(`Header`); behind it stands one line for each group: the plan, how many of its iterations were done, and what was done
+after which of them. It is written when the group has ended, also where that was too early, and before each checkpoint
+inside it as well: so what a checkpoint holds is always told, also of a run that was killed. A later line about the same
+iterations counts in the place of an earlier one.
 
 A replay gives every rank the plans again, one after the other, through the same broadcasts; what was done when is known
 to all ranks from the beginning. It ends where the recorded run ended.
@@ -19,22 +21,43 @@ from typing import Any
 from mpidl._version import __version__
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment
+from mpidl.runtime import warn
 from mpidl.scheduling.plan import Action, GroupPlan
 from mpidl.scheduling.triggers import Facts, Trigger, Triggers
+from mpidl.telemetry import open_for_append
 
 FILE_NAME = "plans.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a run's plans were made for."""
+    """What a run's plans were made for: with the same, and the same model and data, they give the same numbers."""
 
     num_samples: int
     batch_size: int
     epochs: int
     partitions: int
     world_size: int
+    num_nodes: int = 1
+    seed: int = 0
+    threads_per_rank: int = 1
+    reduction: str = "ordered"
+    wire: str = "float32"
+    error_feedback: bool = False
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    drop_share: float = 0.0
     mpidl: str = __version__
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the numbers are the same on any ranks and nodes."""
+        return (self.reduction, self.wire, self.drop_share) == ("ordered", "float32", 0.0)
+
+    def fixed(self) -> dict[str, Any]:
+        """What must be the same in a replay."""
+        free = {"mpidl", "epochs", "num_nodes"} if self.is_free else {"mpidl", "epochs"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +129,7 @@ def _action(names: Iterable[str]) -> Action:
 
 
 class PlanLog:
-    """Writes a run's plans down; on rank 0.
+    """Writes a run's plans down; on rank 0. A group that is written again replaces what was written of it before.
 
     Args:
         run_dir: where `plans.jsonl` goes.
@@ -114,19 +137,22 @@ class PlanLog:
     """
 
     def __init__(self, run_dir: pathlib.Path, header: Header) -> None:
-        self._path = run_dir / FILE_NAME
+        self._path: pathlib.Path | None = run_dir / FILE_NAME
         self._write({"header": dataclasses.asdict(header)})
 
     def write(self, group: Group) -> None:
-        """Append a group; a full disk must not end a training, so nothing is said of it here."""
+        """Append a group, as far as it was carried out."""
         self._write(group.to_json())
 
     def _write(self, value: Mapping[str, Any]) -> None:
+        if self._path is None:
+            return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open_for_append(self._path) as file:
                 file.write(json.dumps(value) + "\n")
-        except OSError:
-            pass
+        except OSError as error:  # a full disk must not end a training; a file with holes must not be repeated
+            warn(f"{self._path} cannot be written ({error.strerror}): this run can be repeated up to here only")
+            self._path = None
 
 
 @dataclasses.dataclass(repr=False)
@@ -149,8 +175,8 @@ class Recording:
     """What a replay has to know; the same on all ranks."""
 
     run_dir: pathlib.Path
-    header: Header
-    """Of the newest run, where one went on from another's checkpoint."""
+    headers: Sequence[Header]
+    """Of each run, where one went on from another's checkpoint."""
     groups: Sequence[Group]
 
     @property
@@ -168,34 +194,52 @@ class Recording:
         """Whether the training had ended, and was not stopped."""
         return any(action is Action.END for _, action in self.groups[-1].acts)
 
-    def check(self, given: Header) -> None:
-        """Raise ConfigError where the plans were made for another run than this one."""
-        if self.groups[0].plan.first_iteration:
-            raise ConfigError(
-                f"the plans of {self.run_dir} begin at iteration {self.groups[0].plan.first_iteration}, not 0"
-            )
-        for field in dataclasses.fields(Header):
-            recorded, own = getattr(self.header, field.name), getattr(given, field.name)
-            if recorded != own and field.name != "mpidl":
+    def check(self, given: Header, *, validates: bool) -> None:
+        """Raise ConfigError where the plans were made for another run than this one.
+
+        Args:
+            given: this run's.
+            validates: whether it has a validation set.
+        """
+        at = 0
+        for group in self.groups:
+            if group.plan.first_iteration != at:
                 raise ConfigError(
-                    f"the plans of {self.run_dir} were made for {field.name} {recorded}, this run has {own}; repeat it "
-                    "with the same"
+                    f"the plans of {self.run_dir} lack the iterations {at + 1} to {group.plan.first_iteration}; "
+                    "a run can be repeated from its first iteration only"
                 )
+            at = group.stop
+        for header in self.headers:
+            recorded = header.fixed()
+            if header is not self.headers[-1] and header.is_free:
+                del recorded["world_size"]  # another number of ranks has computed the same
+            for name, value in recorded.items():
+                if value != getattr(given, name):
+                    raise ConfigError(
+                        f"the plans of {self.run_dir} were made for {name} {value}, this run has "
+                        f"{getattr(given, name)}; repeat it with the same"
+                    )
+        if given.error_feedback and given.drop_share:
+            raise ConfigError("what error_feedback keeps after iterations that were repeated cannot be repeated")
+        if not validates and any(act is Action.VALIDATE for group in self.groups for _, act in group.acts):
+            raise ConfigError(f"the run in {self.run_dir} had validations; repeat it with its validation set")
 
-    def triggers(self, iterations_per_epoch: int, epochs: int) -> Triggers:
-        """What is due when: what was done then."""
+    def triggers(self, iterations_per_epoch: int, epochs: int, *, keeps: bool) -> Triggers:
+        """What is due when: what was done then; `keeps` is whether there is a run directory for checkpoints."""
 
-        def done(action: Action) -> Trigger | None:
-            found = frozenset(at for group in self.groups for at, act in group.acts if act is action)
-            return _Recorded(found) if found else None
+        def done(action: Action, groups: Sequence[Group] = self.groups) -> set[int]:
+            return {at for group in groups for at, act in group.acts if act is action}
+
+        def recorded(found: set[int], without: Iterable[int] = ()) -> Trigger | None:
+            return _Recorded(frozenset(found.difference(without))) if found else None
 
         return Triggers(
             iterations_per_epoch,
             epochs,
-            validate=done(Action.VALIDATE),
-            checkpoint=done(Action.CHECKPOINT),
-            summarize=done(Action.SUMMARIZE),
-            end=done(Action.END),
+            validate=recorded(done(Action.VALIDATE), done(Action.ONLY_AT_END)),
+            checkpoint=recorded(done(Action.CHECKPOINT)) if keeps else None,
+            summarize=recorded(done(Action.SUMMARIZE)),
+            end=recorded(done(Action.END, self.groups[-1:])),  # what went on afterwards had not ended
         )
 
 
@@ -212,12 +256,12 @@ def read_recording(run_dir: pathlib.Path) -> Recording:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{run_dir} has no plans to read ({FILE_NAME}: {error.strerror})") from None
-    header, groups = None, list[Group]()
+    headers, groups = list[Header](), list[Group]()
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
             if "header" in value:
-                header = Header(**value["header"])
+                headers.append(Header(**value["header"]))
                 continue
             group = Group.from_json(value)
         except (ValueError, KeyError, TypeError) as error:
@@ -227,30 +271,39 @@ def read_recording(run_dir: pathlib.Path) -> Recording:
         first = group.plan.first_iteration
         groups = [each.cut(first) for each in groups if each.plan.first_iteration < first]
         groups.append(group)
-    if header is None or not any(group.done for group in groups):
+    if not headers or not any(group.done for group in groups):
         raise ConfigError(f"{path} holds no group that was carried out")
-    return Recording(run_dir, header, [group for group in groups if group.done])
+    return Recording(run_dir, headers, [group for group in groups if group.done])
 
 
 class Replay:
-    """Gives the recorded plans one after the other, in the coordinator's place."""
+    """Gives the recorded plans one after the other, in the coordinator's place.
 
-    def __init__(self, recording: Recording) -> None:
+    Args:
+        recording: of the run that is repeated.
+        world_size: ranks of this one.
+    """
+
+    def __init__(self, recording: Recording, world_size: int) -> None:
         self._groups = list(recording.groups)
-        self._last = len(self._groups) - 1
+        self._world_size = world_size
         self._next = 0
 
     def next_plan(self) -> GroupPlan:
         """The next plan, as far as it was carried out; the last one has the action END."""
         group, index = self._groups[self._next], self._next
         self._next += 1
-        ends = Action.END if index == self._last else Action.NONE
+        assignment = group.plan.assignment
+        if len(assignment.starts) != self._world_size + 1:  # of a part that other ranks have run
+            assignment = Assignment.even(assignment.num_partitions, self._world_size)
+        actions = group.plan.actions & ~Action.END
         return dataclasses.replace(
             group.plan,
             index=index,
+            assignment=assignment,
             spans=group.plan.spans[: group.done],
             learning_rates=group.plan.learning_rates[: group.done],
-            actions=group.plan.actions & ~Action.END | ends,
+            actions=actions if self._next < len(self._groups) else actions & ~Action.WAIT | Action.END,
         )
 
     def validated(self, completed: int, result: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mpidl.errors import ConfigError
 from mpidl.scheduling.plan import Action
@@ -324,9 +325,15 @@ def _build(node: ast.expr) -> Trigger:
                 made = made | _build(other) if isinstance(op, ast.Or) else made & _build(other)
             return made
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in WORDS:
-            options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
-            return WORDS[name](*map(ast.literal_eval, args), **options)
+            options = {str(keyword.arg): _constant(keyword.value) for keyword in keywords}
+            return WORDS[name](*map(_constant, args), **options)
     raise ValueError(f"it has {ast.unparse(node)}")
+
+
+def _constant(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        raise ValueError(f"{node.id} needs quotes")
+    return ast.literal_eval(node)
 
 
 def as_trigger(name: str, value: int | str | Trigger | None) -> Trigger | None:

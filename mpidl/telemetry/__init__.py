@@ -2,6 +2,6 @@
 
 from mpidl.telemetry import tables
 from mpidl.telemetry.console import Console
-from mpidl.telemetry.events import Telemetry
+from mpidl.telemetry.events import Telemetry, open_for_append
 
-__all__ = ["Console", "Telemetry", "tables"]
+__all__ = ["Console", "Telemetry", "open_for_append", "tables"]

@@ -52,7 +52,7 @@ class Telemetry:
             return
         try:
             if self._file is None:
-                self._file = _open_for_append(self._path)
+                self._file = open_for_append(self._path)
             self._file.write(json.dumps(_plain(event), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
@@ -63,7 +63,7 @@ class Telemetry:
                 self._console.show("warning", {"message": message})
 
 
-def _open_for_append(path: Path) -> TextIO:
+def open_for_append(path: Path) -> TextIO:
     """Open the file for more lines, less a last line that a killed run left incomplete."""
     if path.exists():
         content = path.read_bytes()

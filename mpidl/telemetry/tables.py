@@ -135,10 +135,11 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
 GROUP_HEADERS = ("group", "epoch", "iterations", "samples", "rate", "partitions", "then")
 
 
-def of_group(fields: Fields) -> tuple[str, ...]:
+def of_group(number: int, fields: Fields) -> tuple[str, ...]:
     """A row about one group as it was carried out.
 
     Args:
+        number: of the group, over all runs.
         fields: a line of `plans.jsonl`.
     """
     done, first = fields["done"], fields["first_iteration"]
@@ -147,16 +148,20 @@ def of_group(fields: Fields) -> tuple[str, ...]:
     counts = [stop - start for start, stop in itertools.pairwise(starts)]
     acts: dict[int, list[str]] = {}
     for at, (name,) in fields["acts"]:
+        if name == "ONLY_AT_END":
+            continue
         acts.setdefault(at, []).append(name.lower().replace("_", " "))
+    for at, partitions in fields["drops"]:
+        acts.setdefault(at, []).append(f"{len(partitions)} dropped")
     planned, last = first + len(fields["spans"]), first + done
     return (
-        str(fields["index"]),
+        str(number),
         str(fields["epoch"] + 1),
         f"{first + 1} to {last}" + ("" if last == planned else f" of {planned}"),
         count(sum(stop - start for start, stop in spans)),
         f"{rates[0]:.4g}" + ("" if rates[-1] == rates[0] else f" to {rates[-1]:.4g}"),
         " ".join(map(str, counts)) if len(counts) <= _COUNTS_SHOWN else f"{min(counts)} to {max(counts)}",
-        "; ".join(f"{at}: {', '.join(names)}" for at, names in acts.items()),
+        "; ".join(f"{at}: {', '.join(names)}" for at, names in sorted(acts.items())),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment
 from mpidl.scheduling import Action, Group, GroupPlan, Header, PlanLog, Replay, read_recording
+from mpidl.scheduling.triggers import Facts
 
 HEADER = Header(num_samples=100, batch_size=10, epochs=2, partitions=4, world_size=2)
 
@@ -49,7 +50,7 @@ def test_groups_are_read_as_they_were_written(tmp_path: Path) -> None:
     ]
     found = read_recording(written(tmp_path, *groups))
     assert found.groups == groups
-    assert found.header == HEADER
+    assert found.headers == [HEADER]
 
 
 def test_what_a_resumed_run_did_again_counts_as_it_did_it_last(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_replay_gives_the_plans_as_far_as_they_were_carried_out(tmp_path: Path
     groups = [group(0, 3), group(3, 5, 2), group(5, 2, 1)]
     found = read_recording(written(tmp_path, *groups))
     assert found.largest_group == 3
-    replay = Replay(found)
+    replay = Replay(found, world_size=2)
     plans = [replay.next_plan() for _ in groups]
     for index, (plan, each) in enumerate(zip(plans, groups, strict=True)):
         assert plan.index == index
@@ -101,9 +102,68 @@ def test_a_run_without_plans_is_told(tmp_path: Path, lines: int | None) -> None:
 
 def test_plans_of_another_run_are_refused(tmp_path: Path) -> None:
     found = read_recording(written(tmp_path, group(0, 3)))
-    found.check(HEADER)
-    with pytest.raises(ConfigError, match="made for partitions 4, this run has 8"):
-        found.check(Header(100, 10, 2, 8, 2))
-    with pytest.raises(ConfigError, match="begin at iteration 3, not 0"):
-        (tmp_path / "later").mkdir()
-        read_recording(written(tmp_path / "later", group(3, 3))).check(HEADER)
+    found.check(HEADER, validates=True)
+    for change, message in (
+        ({"partitions": 8}, "made for partitions 4, this run has 8"),
+        ({"seed": 5}, "made for seed 0, this run has 5"),
+        ({"clip_norm": 1.0}, "made for clip_norm None, this run has 1.0"),
+        ({"world_size": 3}, "made for world_size 2, this run has 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            found.check(dataclasses.replace(HEADER, **change), validates=True)
+    found.check(dataclasses.replace(HEADER, num_nodes=2, epochs=9, mpidl="1"), validates=True)
+
+
+@pytest.mark.parametrize("firsts", [(3,), (0, 4), (0, 3, 7)])
+def test_plans_with_holes_are_refused(tmp_path: Path, firsts: tuple[int, ...]) -> None:
+    found = read_recording(written(tmp_path, *(group(first, 3) for first in firsts)))
+    with pytest.raises(ConfigError, match=r"lack the iterations \d+ to \d+"):
+        found.check(HEADER, validates=True)
+
+
+def test_validations_need_a_validation_set_and_checkpoints_a_directory(tmp_path: Path) -> None:
+    found = read_recording(written(tmp_path, group(0, 3, 3, (1, Action.VALIDATE), (2, Action.CHECKPOINT))))
+    with pytest.raises(ConfigError, match="had validations"):
+        found.check(HEADER, validates=False)
+    assert found.triggers(10, 2, keeps=False).checkpoint is None
+    assert found.triggers(10, 2, keeps=True).checkpoint is not None
+
+
+def test_a_run_that_ended_and_was_then_lengthened_ends_where_it_did_at_last(tmp_path: Path) -> None:
+    acts = ((3, Action.VALIDATE), (3, Action.ONLY_AT_END), (3, Action.END))
+    found = read_recording(written(tmp_path, group(0, 3, 3, *acts), group(3, 2, 2, (5, Action.VALIDATE))))
+    made = found.triggers(10, 2, keeps=True)
+    assert made.end is None
+    assert not found.has_ended
+    assert made.validate is not None
+    assert [at for at in range(1, 6) if made.validate.holds(Facts(at, 10))] == [5]
+
+
+def test_a_group_so_far_is_replaced_by_the_whole_and_cut_by_a_resumed_run(tmp_path: Path) -> None:
+    log = PlanLog(tmp_path, HEADER)
+    log.write(group(0, 6, 2, (2, Action.CHECKPOINT)))
+    log.write(group(0, 6, 4, (2, Action.CHECKPOINT), (4, Action.CHECKPOINT)))
+    assert [(each.done, len(each.acts)) for each in read_recording(tmp_path).groups] == [(4, 2)]
+    with (tmp_path / "plans.jsonl").open("a") as file:
+        file.write('{"index": 3, "ep')  # killed here
+    written(tmp_path, group(2, 3))
+    found = read_recording(tmp_path)
+    assert [(each.plan.first_iteration, each.done) for each in found.groups] == [(0, 2), (2, 3)]
+    assert len(found.headers) == 2
+    found.check(HEADER, validates=True)
+
+
+def test_parts_that_other_ranks_have_run_are_dealt_out_evenly(tmp_path: Path) -> None:
+    first, second = group(0, 3), group(3, 2)
+    other = dataclasses.replace(first.plan, assignment=Assignment(4, (0, 1, 2, 4)))
+    PlanLog(tmp_path, dataclasses.replace(HEADER, world_size=3)).write(dataclasses.replace(first, plan=other))
+    found = read_recording(written(tmp_path, second))
+    found.check(HEADER, validates=True)
+    replay = Replay(found, world_size=2)
+    assert replay.next_plan().assignment == Assignment(4, (0, 2, 4))
+    assert replay.next_plan().assignment == second.plan.assignment
+
+
+def test_the_last_plan_of_a_stopped_run_waits_for_no_other(tmp_path: Path) -> None:
+    replay = Replay(read_recording(written(tmp_path, group(0, 3))), world_size=2)
+    assert replay.next_plan().actions == Action.VALIDATE | Action.END
