@@ -82,7 +82,7 @@ def terms_of_group(ranks: int, group_size: int, crowd: float = 1.0) -> Terms:
         "an iteration of it": crowd * group_size,
         "log2(ranks)": crowd * math.log2(ranks),
         "a rank": crowd * ranks,
-        "a byte": Groups.bytes_of(group_size, ranks),
+        "a byte": crowd * Groups.bytes_of(group_size, ranks),
     }
 
 
@@ -94,7 +94,7 @@ def terms_of_tasks(tasks: int, crowd: float = 1.0) -> Terms:
 def _terms_of_piece(row: Row) -> Terms:
     ranks, crowd = row["ranks"], row["ranks_per_core"]
     if row["way"] == "messages":
-        return {"(messages)": crowd, "log2(ranks)": crowd * math.log2(ranks), "a byte": row["bytes"]}
+        return {"(messages)": crowd, "log2(ranks)": crowd * math.log2(ranks), "a byte": crowd * row["bytes"]}
     return {"(plan)": crowd, "a rank": crowd * row["entries"]}
 
 

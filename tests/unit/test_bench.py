@@ -214,7 +214,7 @@ def measured(ranks: Sequence[int] = (2, 4, 8)) -> list[report.Row]:
             rows.append(control_row("central", number, seconds, partitions=tasks))
         for num_bytes in (1e3, 1e6):
             latency = GROUP.coefficients["log2(ranks)"] * np.log2(number)
-            seconds = crowd * (3e-5 + latency) + GROUP.coefficients["a byte"] * num_bytes
+            seconds = crowd * (3e-5 + latency + GROUP.coefficients["a byte"] * num_bytes)
             rows.append(control_row("messages", number, seconds, bytes=num_bytes))
         for entries in (10, 10_000):
             seconds = crowd * (5e-5 + GROUP.coefficients["a rank"] * entries)
