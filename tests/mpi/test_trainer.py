@@ -539,6 +539,8 @@ def test_a_gradient_that_is_not_finite_is_named_though_losses_are_and_the_last_b
         ({"batch_size": 4, "partitions": 5}, "batch_size 4 is smaller than partitions 5"),
         ({"group_size": 0}, "group_size is 0"),
         ({"group_size": "fast"}, "group_size is 'fast'"),
+        ({"max_group_seconds": 0}, "max_group_seconds is 0; it must be above 0"),
+        ({"max_group_seconds": float("nan")}, "max_group_seconds is nan"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_on_all_ranks(
