@@ -155,6 +155,8 @@ class Training:
         """Complete what was started and end the loader."""
         signals.stop_listening()
         self._loader.close()
+        if self._plan_log is not None:
+            self._plan_log.close()
         if self._validation_loader is not None:
             self._validation_loader.close()
         if self._telemetry is not None:

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from mpidl._version import __version__
 from mpidl.errors import ConfigError
@@ -74,9 +74,10 @@ class Group:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        plan = dataclasses.asdict(self.plan)
+        plan = {field.name: getattr(self.plan, field.name) for field in dataclasses.fields(GroupPlan)}
         return {
             **plan,
+            "assignment": dataclasses.asdict(self.plan.assignment),
             "actions": _names(self.plan.actions),
             "done": self.done,
             "acts": [[at, _names(action)] for at, action in self.acts],
@@ -137,22 +138,37 @@ class PlanLog:
     """
 
     def __init__(self, run_dir: pathlib.Path, header: Header) -> None:
-        self._path: pathlib.Path | None = run_dir / FILE_NAME
+        self._path = run_dir / FILE_NAME
+        self._file: TextIO | None = None
+        try:
+            self._file = open_for_append(self._path)
+        except OSError as error:
+            self._give_up(error)
         self._write({"header": dataclasses.asdict(header)})
 
     def write(self, group: Group) -> None:
         """Append a group, as far as it was carried out."""
         self._write(group.to_json())
 
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _write(self, value: Mapping[str, Any]) -> None:
-        if self._path is None:
+        if self._file is None:
             return
         try:
-            with open_for_append(self._path) as file:
-                file.write(json.dumps(value) + "\n")
-        except OSError as error:  # a full disk must not end a training; a file with holes must not be repeated
-            warn(f"{self._path} cannot be written ({error.strerror}): this run can be repeated up to here only")
-            self._path = None
+            self._file.write(json.dumps(value) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A full disk must not end a training; nor may a file with holes be repeated, so nothing more is written."""
+        warn(f"{self._path} cannot be written ({error.strerror}): this run can be repeated up to here only")
+        self._file = None
 
 
 @dataclasses.dataclass(repr=False)

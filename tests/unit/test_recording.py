@@ -39,6 +39,7 @@ def written(run_dir: Path, *groups: Group) -> Path:
     log = PlanLog(run_dir, HEADER)
     for each in groups:
         log.write(each)
+    log.close()
     return run_dir
 
 
@@ -143,6 +144,7 @@ def test_a_group_so_far_is_replaced_by_the_whole_and_cut_by_a_resumed_run(tmp_pa
     log = PlanLog(tmp_path, HEADER)
     log.write(group(0, 6, 2, (2, Action.CHECKPOINT)))
     log.write(group(0, 6, 4, (2, Action.CHECKPOINT), (4, Action.CHECKPOINT)))
+    log.close()
     assert [(each.done, len(each.acts)) for each in read_recording(tmp_path).groups] == [(4, 2)]
     with (tmp_path / "plans.jsonl").open("a") as file:
         file.write('{"index": 3, "ep')  # killed here
@@ -156,7 +158,9 @@ def test_a_group_so_far_is_replaced_by_the_whole_and_cut_by_a_resumed_run(tmp_pa
 def test_parts_that_other_ranks_have_run_are_dealt_out_evenly(tmp_path: Path) -> None:
     first, second = group(0, 3), group(3, 2)
     other = dataclasses.replace(first.plan, assignment=Assignment(4, (0, 1, 2, 4)))
-    PlanLog(tmp_path, dataclasses.replace(HEADER, world_size=3)).write(dataclasses.replace(first, plan=other))
+    log = PlanLog(tmp_path, dataclasses.replace(HEADER, world_size=3))
+    log.write(dataclasses.replace(first, plan=other))
+    log.close()
     found = read_recording(written(tmp_path, second))
     found.check(HEADER, validates=True)
     replay = Replay(found, world_size=2)
