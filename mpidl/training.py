@@ -2,7 +2,7 @@
 
 For each group: every rank has its plan; the broadcast of the next one is started; the group's iterations run without
 any other message; a gather brings the ranks' times to the coordinator. The next plan is received after the group's
-first iteration, so that the loader reads ahead over the group's edge.
+first iteration, or before it where it is the only one, so that the loader reads ahead over the group's edge.
 
 After every iteration each rank finds out by itself, from what came with the gradients, what is due (`triggers.py`):
 validation, checkpoint, summary, the end; or that some rank asks all to stop (`stopping.py`). All ranks find the same,
@@ -175,6 +175,7 @@ class Training:
         if not self._settings.model.training:
             self._settings.model.train()
         if not self._is_over():
+            self._progress.ended_by = None
             self._send()
             following = self._run_group(self._receive())
             while following is not None:
