@@ -77,6 +77,8 @@ class WorkerPool:
         Raises:
             ReadError: a sample could not be read, or the worker died.
         """
+        if self._num_sent == self._num_taken:  # what was skipped is still under way, and has kept this one back
+            self._send_oldest()
         worker = self._workers[self._num_taken % len(self._workers)]
         self._num_taken += 1
         try:
@@ -104,9 +106,12 @@ class WorkerPool:
     def _send(self) -> None:
         under_way = self._num_sent - self._num_taken + sum(worker.num_skipped() for worker in self._workers)
         while self._queued and under_way < _BATCHES_PER_WORKER * len(self._workers):
-            self._workers[self._num_sent % len(self._workers)].send(self._queued.popleft())
-            self._num_sent += 1
+            self._send_oldest()
             under_way += 1
+
+    def _send_oldest(self) -> None:
+        self._workers[self._num_sent % len(self._workers)].send(self._queued.popleft())
+        self._num_sent += 1
 
 
 class _WorkerDiedError(ReadError):
