@@ -48,7 +48,7 @@ def test_groups_and_loader_workers_change_no_number(of_one_rank: Results) -> Non
 @pytest.mark.parametrize(
     ("n", "nodes", "jobs"),
     [
-        (2, "", ["command", "noise"]), (3, "", ["command", "noise"]), (4, "", ["command", "noise"]), (5, "", ["noise"]),
+        (2, "", ["command"]), (3, "", ["command", "noise"]), (4, "", ["command", "noise"]), (5, "", ["noise"]),
         (4, "2", ALL_JOBS), (5, "3,2", JOBS),
     ],
     ids=["2 ranks", "3 ranks", "4 ranks", "5 ranks", "4 ranks on 2 nodes", "5 ranks on nodes of 3 and 2"],

@@ -131,7 +131,7 @@ def test_a_training_whose_time_is_up_leaves_with_75_and_its_resumption_ends_it(t
     assert "the end of the job's time stopped all ranks after iteration" in stopped.stdout
     assert events(run_dir, "end")[-1]["status"] == "stopped"
     assert not (run_dir / "weights.safetensors").exists()
-    mpidl_on(2, "train", "--resume", str(run_dir), "--max-seconds", "600").check()
+    mpidl_on(1, "train", "--resume", str(run_dir), "--max-seconds", "600").check()
     assert [epoch["samples"] for epoch in events(run_dir, "epoch")] == 2 * [1437]
     assert events(run_dir, "end")[-1]["status"] == "finished"
 
@@ -145,9 +145,6 @@ def test_a_run_s_plans_are_shown_and_repeated_to_the_bits(trained: tuple[Path, C
     mpidl_on(3, "train", "--replay", str(run_dir), "--run-dir", str(again)).check()
     assert (again / "weights.safetensors").read_bytes() == (run_dir / "weights.safetensors").read_bytes()
     assert (again / "plans.jsonl").read_text() == (run_dir / "plans.jsonl").read_text()
-    others = mpidl_on(2, "train", "--replay", str(run_dir), "--run-dir", str(tmp_path / "others"))
-    assert others.returncode == 2
-    assert "were made for world_size 3, this run has 2; repeat it with the same" in others.stderr
 
 
 # --- evaluate, export -------------------------------------------------------------------------------------------------

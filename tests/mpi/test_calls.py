@@ -14,6 +14,8 @@ from mpidl.telemetry import Telemetry
 from tests.mpi.cases import classes, dense, job_of, made, trainer_of
 from tests.mpi.worlds import as_the_world, node_layouts
 
+pytestmark = pytest.mark.thorough
+
 BATCH_SIZE = 16
 IN_ITERATIONS = "exchange"
 

@@ -15,6 +15,8 @@ import mpidl
 from mpidl.runtime import World
 from mpidl.telemetry import Telemetry
 
+pytestmark = pytest.mark.thorough
+
 SAMPLES, BATCH_SIZE, PARTITIONS, EPOCHS = 16, 8, 4, 2
 ITERATIONS = EPOCHS * SAMPLES // BATCH_SIZE
 NAP_S = 0.03

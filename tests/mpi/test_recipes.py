@@ -15,6 +15,8 @@ from mpidl.errors import UserError
 from mpidl.runtime import World
 from tests.launch import ROOT
 
+pytestmark = pytest.mark.thorough
+
 FEW = {"batch_size": 16, "partitions": 4, "epochs": 1, "threads_per_rank": "auto", "warmup_iterations": 1}
 
 

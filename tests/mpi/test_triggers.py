@@ -21,6 +21,8 @@ from mpidl.telemetry import Telemetry
 from tests.mpi.cases import ADAM, classes, dense, job_of, made, normalised, trainer_of
 from tests.mpi.reference import differing
 
+pytestmark = pytest.mark.thorough
+
 EPOCHS, NUM_SAMPLES = 3, 170  # six iterations an epoch
 TRAIN, HELD_OUT = classes(NUM_SAMPLES), classes(40, seed=9)
 
@@ -78,7 +80,7 @@ def drawn(draw: random.Random) -> str:
     return leaf if draw.random() < 0.4 else f"({leaf} {draw.choice('|&')} {drawn(draw)})"
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2, 3))])
+@pytest.mark.parametrize("seed", range(4))
 def test_any_triggers_act_after_the_same_iterations_with_the_same_bits_at_any_group_size(
     world: World, shared_tmp_path: Path, seed: int
 ) -> None:
@@ -160,7 +162,7 @@ class Asking(torch.nn.Module):
         return result
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_to_any_rank_stops_all_after_the_same_iteration_with_a_checkpoint(
     world: World, shared_tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -245,7 +247,7 @@ def test_a_plateau_schedule_refuses_validations_that_nobody_can_foresee(world: W
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end_when", [None, pytest.param("loss_below(1.2)", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("end_when", [None, "loss_below(1.2)"])
 def test_a_replay_does_the_same_after_the_same_iterations_with_the_same_bits(
     world: World, shared_tmp_path: Path, end_when: str | None
 ) -> None:
@@ -277,7 +279,6 @@ def test_the_replay_of_a_stopped_run_stops_where_that_did(world: World, shared_t
     assert differing(repeated, weights) == []
 
 
-@pytest.mark.thorough
 def test_the_replay_of_a_run_that_was_lengthened_by_other_settings_is_that_run(
     world: World, shared_tmp_path: Path
 ) -> None:
@@ -290,7 +291,6 @@ def test_the_replay_of_a_run_that_was_lengthened_by_other_settings_is_that_run(
     assert differing(repeated, weights) == []
 
 
-@pytest.mark.thorough
 def test_a_training_that_ended_early_has_ended_when_it_is_resumed(world: World, shared_tmp_path: Path) -> None:
     weights, _, _ = train(world, shared_tmp_path, end_when="loss_below(1.2)")
     again, events, _ = train(world, shared_tmp_path, end_when="loss_below(1.2)", resume=True)
