@@ -1,64 +1,27 @@
-"""Judges the facts that `doctor` gathered: pure, so that every finding has a test with provoked facts."""
+"""What can be wrong with the ranks of a job: versions, cores, and the folder that they share.
+
+Pure, so that every finding has a test with provoked facts. `startup.init` judges the ranks with it before the first
+iteration, and `mpidl doctor` shows the same findings: there is no second opinion. A finding that `stops` keeps a
+training from starting, any other error is told as a warning there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-SHARED_MEMORY_WANTED = 1 << 30
-"""Bytes: rows and weights of a 25 M-parameter model on 4 ranks need half of it."""
+from mpidl._version import __version__
+from mpidl.runtime.slurm import Slurm, ignored_cpus, one_core_for_all
+from mpidl.runtime.threads import asked_threads, crowd, own_cores
 
-_NAMES = {"mpich": "MPICH", "openmpi": "Open MPI"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """What started this process, by its environment."""
-
-    name: str
-    family: Literal["mpich", "openmpi", "any", "unknown"]
-    """The MPI that it can start; "any": no launcher, "unknown": srun without an MPI plugin."""
-    size: int | None
-    """Processes it started; None without a launcher."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankFacts:
-    """One rank's own facts."""
-
-    hostname: str
-    node: int
-    cores: tuple[int, ...]
-    """Numbers of the cores that the rank may run on."""
-    num_machine_cores: int
-    threads: int
-    shared_memory_free: int | None
-    """Bytes free in /dev/shm, None where there is none."""
-    cache_dir: str
-    """Folder of the compiled Numba kernels."""
-    is_cache_writable: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """All that was found out, over all ranks."""
-
-    versions: Mapping[str, str | None]
-    """Package -> version, None: not installed."""
-    mpi_packages: tuple[str, ...]
-    """Installed packages that bring an MPI library."""
-    library: str | None
-    """What the MPI library calls itself; None: it cannot be loaded."""
-    library_error: str = ""
-    mpirun: str | None
-    """Path of the `mpirun` that a shell here finds."""
-    mpirun_family: str | None
-    launcher: Launcher
-    thread_level: str | None
-    """MPI's thread level; None: MPI was not started."""
-    ranks: tuple[RankFacts, ...]
-    """One per rank, in rank order; only this process's own where MPI was not started."""
+PACKAGES = ("numpy", "numba", "torch", "mpi4py", "safetensors")
+"""Those whose versions have to be the same on all ranks."""
+_SPINNING = {"OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "infinite", "GOMP_SPINCOUNT": "infinite"}
+"""Settings that let a thread that waits keep its core."""
 
 
 @dataclass(frozen=True)
@@ -68,120 +31,216 @@ class Finding:
     level: Literal["error", "warning"]
     what: str
     fix: str
+    stops: bool = False
+    """Whether a training does not start."""
+
+    def __str__(self) -> str:
+        return f"{'problem' if self.level == 'error' else 'warning'}: {self.what}\n    fix: {self.fix}"
 
 
-def family_of(text: str) -> str | None:
-    """Find out whether a library or an mpirun that calls itself so is "mpich" or "openmpi"; None: neither."""
-    if "Open MPI" in text or "OpenRTE" in text:
-        return "openmpi"
-    if any(word in text for word in ("MPICH", "HYDRA", "Intel(R) MPI", "MVAPICH")):
-        return "mpich"
-    return None
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """One rank's own facts; cheap to gather."""
+
+    hostname: str
+    node: int
+    cores: tuple[int, ...]
+    """Numbers of the cores that the rank may run on."""
+    num_machine_cores: int
+    threads: int
+    asked_threads: int | None = None
+    """What the user has given for a rank."""
+    cpus_per_task: int | None = None
+    """What the Slurm job asked for; None: nothing, or no Slurm."""
+    cpus_on_node: int | None = None
+    """What the Slurm job has on this node."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package, python or MPI library -> version, None: not installed."""
+    spinning: str | None = None
+    """A setting, NAME=value, that lets waiting threads keep their cores."""
 
 
-def diagnose(facts: Facts) -> list[Finding]:
-    """Everything that is wrong, errors first."""
-    found = [*_of_software(facts), *_of_launch(facts), *_of_threads(facts)]
-    for node in sorted({rank.node for rank in facts.ranks}):
-        found += _of_node([rank for rank in facts.ranks if rank.node == node])
-    return sorted(found, key=lambda finding: finding.level)
+def own_facts(node: int, threads: int, threads_per_rank: int | None, library: str | None) -> RankFacts:
+    """This rank's.
+
+    Args:
+        node: its node.
+        threads: that it will have.
+        threads_per_rank: what the user has given; None: OMP_NUM_THREADS or nothing.
+        library: what its MPI library calls itself, None: it cannot be loaded.
+    """
+    slurm = Slurm.from_environment()
+    settings = (
+        f"{name}={os.environ[name]}" for name in _SPINNING if os.environ.get(name, "").lower() == _SPINNING[name]
+    )
+    return RankFacts(
+        hostname=platform.node(),
+        node=node,
+        cores=tuple(own_cores()),
+        num_machine_cores=os.cpu_count() or 1,
+        threads=threads,
+        asked_threads=threads_per_rank or asked_threads(),
+        cpus_per_task=None if slurm is None else slurm.cpus_per_task,
+        cpus_on_node=None if slurm is None else slurm.cpus_on_node,
+        versions=own_versions() | {"MPI library": library},
+        spinning=next(settings, None),
+    )
 
 
-def _of_software(facts: Facts) -> Iterator[Finding]:
-    for name, version in facts.versions.items():
-        if version is None:
-            yield Finding("error", f"{name} is not installed", f"pip install {name}")
-    if len(facts.mpi_packages) > 1:
+def own_versions() -> dict[str, str | None]:
+    """Of mpidl, Python and the packages that mpidl computes with."""
+    return {
+        "mpidl": __version__,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in PACKAGES},
+    }
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def of_ranks(ranks: Sequence[RankFacts]) -> list[Finding]:
+    """All that is wrong with a job's ranks.
+
+    Args:
+        ranks: one entry a rank, in rank order.
+    """
+    hosts = sorted({rank.hostname for rank in ranks})
+    of_host = {host: {number: rank for number, rank in enumerate(ranks) if rank.hostname == host} for host in hosts}
+    return [*of_versions(ranks), *merged({host: list(of_cores(there)) for host, there in of_host.items()})]
+
+
+def merged(findings: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+    """Tell what is wrong on many hosts once.
+
+    Args:
+        findings: host -> what is wrong there; the texts begin with the host's name and a colon.
+    """
+    hosts: dict[Finding, list[str]] = {}
+    for host, found in findings.items():
+        for finding in found:
+            hosts.setdefault(replace(finding, what=finding.what.removeprefix(f"{host}: ")), []).append(host)
+    return [replace(finding, what=f"{_listed(names)}: {finding.what}") for finding, names in hosts.items()]
+
+
+def of_versions(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Do all ranks run the same software? Of Python the first two numbers count."""
+    first = ranks[0]
+    for name in first.versions:
+        differs = [rank for rank in ranks if _shown(name, rank) != _shown(name, first)]
+        if differs:
+            number, other = ranks.index(differs[0]), differs[0]
+            yield Finding(
+                "error",
+                f"{name} is {other.versions.get(name) or 'missing'} on rank {number} ({other.hostname}), but "
+                f"{first.versions[name] or 'missing'} on rank 0 ({first.hostname})",
+                "give all ranks one environment: activate it in the job script, in a folder that all nodes share",
+                stops=True,
+            )
+
+
+def _shown(name: str, rank: RankFacts) -> str | None:
+    version = rank.versions.get(name)
+    return ".".join(version.split(".")[:2]) if name == "python" and version else version
+
+
+def of_cores(ranks: Mapping[int, RankFacts]) -> Iterator[Finding]:
+    """Has every rank of a machine the cores that it needs?
+
+    Args:
+        ranks: those of one machine, by their numbers.
+    """
+    facts = list(ranks.values())
+    host, num_machine_cores = facts[0].hostname, facts[0].num_machine_cores
+    cores = {core for rank in facts for core in rank.cores}
+    num_threads = sum(rank.threads for rank in facts)
+    crowded = crowd([rank.cores for rank in facts])
+    if lack := _lack_of_slurm(facts):
+        yield Finding("error", f"{host}: {lack[0]}", lack[1], stops=True)
+    elif len(facts) > 1 and len(cores) == 1 and num_machine_cores > 1:
+        what = f"{host}: all {len(facts)} ranks are bound to one of {num_machine_cores} cores"
+        yield Finding(
+            "error", what, "mpirun --bind-to none (Open MPI), mpirun -bind-to core (MPICH), srun --cpu-bind=cores"
+        )
+    elif crowded is not None and len(crowded[1]) < len(cores):
+        numbers = [list(ranks)[position] for position in crowded[0]]
         yield Finding(
             "error",
-            f"{' and '.join(facts.mpi_packages)} are both installed; each brings bin/mpirun, one of them is lost",
-            "make a new environment with one of them: pip install mpidl[mpich]",
+            f"{host}: ranks {_listed(numbers)} are bound to {_cores_text(crowded[1])}, while all ranks there have "
+            f"{len(cores)} cores together",
+            "bind each rank to cores of its own: mpirun --bind-to core, srun --cpu-bind=cores; or bind none",
         )
-    if facts.library is None and facts.versions.get("mpi4py"):
-        yield Finding(
-            "error",
-            f"MPI cannot be loaded: {facts.library_error}",
-            "pip install mpidl[mpich], or load the site's MPI module",
-        )
-
-
-def _of_launch(facts: Facts) -> Iterator[Finding]:
-    """Do library, launcher and mpirun belong together, and does MPI see every process?"""
-    if facts.library is None:
-        return
-    launcher, family = facts.launcher, family_of(facts.library)
-    named = facts.library.split(",")[0]
-    plugin = {"mpich": "pmi2", "openmpi": "pmix"}.get(family or "", "pmi2")
-    fix = f"use the mpirun of {_NAMES.get(family or '', named)}, or srun --mpi={plugin}"
-    if launcher.family in _NAMES and family in _NAMES and launcher.family != family:
-        yield Finding("error", f"{launcher.name} cannot start {named}, the library that mpi4py loads", fix)
-    elif launcher.family == "unknown" and (launcher.size or 1) > 1 and len(facts.ranks) != launcher.size:
-        what = f"srun started {launcher.size} processes without an MPI plugin; each believes to be rank 0 of 1"
-        yield Finding("error", what, f"srun --mpi={plugin}")
-    elif launcher.size is not None and len(facts.ranks) != launcher.size:
-        what = f"{launcher.name} started {launcher.size} processes, but MPI sees {len(facts.ranks)}"
-        yield Finding("error", what, fix)
-    elif facts.thread_level is None and facts.library_error:
-        yield Finding("error", f"MPI does not start: {facts.library_error}", fix)
-    if launcher.family == "any" and facts.mpirun is None:
-        fix = "activate the environment (source .venv/bin/activate) or load the MPI module, unless you use srun"
-        yield Finding("warning", "there is no mpirun in PATH", fix)
-    if launcher.family == "any" and facts.mpirun_family in _NAMES and facts.mpirun_family != family:
-        yield Finding(
-            "error",
-            f"{facts.mpirun} is {_NAMES[facts.mpirun_family]}'s, but mpi4py loads {named}",
-            f"put {_NAMES.get(family or '', named)}'s bin folder first in PATH, or set MPI4PY_LIBMPI",
-        )
-
-
-def _of_threads(facts: Facts) -> Iterator[Finding]:
-    if facts.thread_level == "single":
+    elif crowded is not None:
         yield Finding(
             "warning",
-            "MPI runs at thread level single, but torch and the data loaders have threads",
-            "export MPI4PY_RC_THREAD_LEVEL=funneled",
+            f"{host}: {len(facts)} ranks share {len(cores)} cores; correct, but slower than a core each",
+            f"start at most {len(cores)} ranks there (mpidl waits without spinning; MPI calls of your own spin)",
         )
-
-
-def _of_node(ranks: list[RankFacts]) -> Iterator[Finding]:
-    """Cores, shared memory and caches of one node's ranks."""
-    yield from _of_cores(ranks)
-    host, free = ranks[0].hostname, ranks[0].shared_memory_free
-    if free is None or free < SHARED_MEMORY_WANTED:
-        had = "no /dev/shm" if free is None else f"only {free >> 20} MiB free in /dev/shm"
+    elif num_threads > len(cores):
         yield Finding(
             "warning",
-            f"{host} has {had}; large models fall back to private memory: more of it, and slower",
-            "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm",
+            f"{host}: {num_threads} threads of {len(facts)} ranks share {len(cores)} cores",
+            f"export OMP_NUM_THREADS={max(1, len(cores) // len(facts))}, or --threads-per-rank",
         )
-    if not all(rank.is_cache_writable for rank in ranks):
-        unwritable = next(rank.cache_dir for rank in ranks if not rank.is_cache_writable)
+    spinning = next((rank.spinning for rank in facts if rank.spinning), None)
+    if spinning and (crowded is not None or num_threads > len(cores)):
         yield Finding(
-            "error",
-            f"{host} cannot write compiled kernels to {unwritable}",
-            "export NUMBA_CACHE_DIR=FOLDER with a folder that you can write to",
+            "warning",
+            f"{host}: {spinning} lets waiting threads spin on cores that others need",
+            f"unset {spinning.partition('=')[0]}",
         )
 
 
-def _of_cores(ranks: list[RankFacts]) -> Iterator[Finding]:
-    host, num_ranks = ranks[0].hostname, len(ranks)
-    num_cores = len({core for rank in ranks for core in rank.cores})
-    num_threads = sum(rank.threads for rank in ranks)
-    if num_ranks > 1 and num_cores == 1 and ranks[0].num_machine_cores > 1:
-        yield Finding(
-            "error",
-            f"all {num_ranks} ranks of {host} are bound to one of its {ranks[0].num_machine_cores} cores",
-            "mpirun --bind-to none (Open MPI), mpirun -bind-to core (MPICH), srun --cpu-bind=cores",
-        )
-    elif num_ranks > num_cores:
-        yield Finding(
-            "warning",
-            f"{num_ranks} ranks share the {num_cores} cores of {host}; correct, but slower than a core each",
-            f"start at most {num_cores} ranks there",
-        )
-    elif num_threads > num_cores:
-        yield Finding(
-            "warning",
-            f"{num_threads} threads of {num_ranks} ranks share the {num_cores} cores of {host}",
-            f"export OMP_NUM_THREADS={max(1, num_cores // num_ranks)}, or --threads-per-rank",
-        )
+def _lack_of_slurm(ranks: Sequence[RankFacts]) -> tuple[str, str] | None:
+    """What is wrong with the cores that Slurm or its launcher gave; None: nothing.
+
+    Whoever gives a number of threads that has room on the rank's cores knows what he does.
+    """
+    cores = {core for rank in ranks for core in rank.cores}
+    if found := one_core_for_all(ranks[0].cpus_on_node, len(ranks), len(cores)):
+        return found
+    lacking = (
+        ignored_cpus(rank.cpus_per_task, len(rank.cores), rank.num_machine_cores)
+        for rank in ranks
+        if rank.asked_threads is None or rank.asked_threads > len(rank.cores)
+    )
+    return next(filter(None, lacking), None)
+
+
+def of_folder(folder: str, reason: str, hosts_without: Sequence[str], limit_s: float) -> Finding | None:
+    """Is a folder one and the same on all nodes?
+
+    Args:
+        folder: where rank 0 wrote a file.
+        reason: why it could not; "" where it could.
+        hosts_without: those that have not seen the file.
+        limit_s: for how long they looked.
+    """
+    if reason:
+        return Finding("error", reason, "give a folder that you can write to: --run-dir FOLDER", stops=True)
+    if not hosts_without:
+        return None
+    names = _listed(sorted(set(hosts_without)))
+    return Finding(
+        "error",
+        f"{names} did not see, within {limit_s:g} s, a file that rank 0 wrote to {folder}: it is not shared",
+        "give a folder that all nodes share (your home, the cluster's scratch): --run-dir FOLDER",
+        stops=True,
+    )
+
+
+def _listed(names: Sequence[object]) -> str:
+    """In words; of many the first."""
+    texts = [str(name) for name in names]
+    if len(texts) > 4:
+        texts = [*texts[:3], f"{len(texts) - 3} more"]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def _cores_text(cores: Sequence[int]) -> str:
+    return f"core {cores[0]}" if len(cores) == 1 else f"cores {_listed(cores)}"

@@ -19,16 +19,19 @@ import fcntl
 import math
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-from mpidl.errors import MpidlError, UserError
+from mpidl import guard
+from mpidl.errors import EXIT_LOST, EndedElsewhereError, MpidlError, RankLostError, UserError
+from mpidl.runtime import ulfm
 from mpidl.runtime.launcher import launched_rank
 
 Error = TypeVar("Error", bound=MpidlError)
@@ -108,6 +111,12 @@ def install(
         threading.excepthook = _on_uncaught_in_thread
 
 
+def move(rank: int, size: int, abort: Callable[[int], None], all_leave: Callable[[float], bool]) -> None:
+    """Take the world of those that are left after a loss, with `install`'s arguments."""
+    assert _job is not None, "installed before"
+    _job.rank, _job.size, _job.abort, _job.all_leave = rank, size, abort, all_leave
+
+
 def warn(message: str) -> None:
     """Print a warning once, from rank 0."""
     if _job is None or _job.rank == 0:
@@ -123,14 +132,26 @@ def _exit(status: object = None) -> NoReturn:
 
 def _leave() -> None:
     """At the interpreter's end: the ranks leave together, since MPI would wait there without saying why."""
-    if _job is None or _job.process != os.getpid():  # a child made by fork is no rank
+    if _job is None or _job.process != os.getpid() or ulfm.has_ended():  # a child made by fork is no rank
         return
+    if _job.exit_code:
+        _keep_own_code()
     if _job.all_leave(_OTHERS_LEAVE_S if _job.exit_code else math.inf):
         return
     told = f"[rank {_job.rank}] left with code {_job.exit_code} while others go on; all end"
     print(told, file=sys.stderr, flush=True)
     time.sleep(0.1)
     _job.abort(_job.exit_code)
+
+
+def _keep_own_code() -> None:
+    """Leave with this process's own code, though others leave before it.
+
+    `srun --kill-on-bad-exit` sends SIGTERM to the others when the first rank has left with an error, and the job's
+    code would be that of the signal.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -147,6 +168,11 @@ def end_job(error: BaseException) -> int:
 
     An agreed error returns on every rank: all of them leave by themselves.
     """
+    if ulfm.is_loss(error):
+        error = end_of_loss(ulfm.meet_to_end(EXIT_LOST))
+    if isinstance(error, EndedElsewhereError):
+        ulfm.leave()
+        return error.exit_code
     code = error.exit_code if isinstance(error, MpidlError) else 1
     if is_on_all_ranks(error):
         if _job is None or _job.rank == 0:
@@ -162,6 +188,23 @@ def end_job(error: BaseException) -> int:
         time.sleep(_OTHERS_PRINT_S)
     _job.abort(code)
     return code
+
+
+def end_of_loss(meeting: ulfm.Meeting) -> MpidlError:
+    """The error, of every rank that lives, with which a job ends that does not go on after a meeting."""
+    ulfm.leave()
+    if not meeting.lost or meeting.code not in (0, EXIT_LOST):
+        return EndedElsewhereError(meeting.code)
+    if _job is not None:
+        _job.rank = meeting.comm.rank  # who prints
+    told = f"{describe_lost(meeting.lost)}; all ranks end{guard.how_to_resume()}"
+    return on_all_ranks(RankLostError(told))
+
+
+def describe_lost(lost: Sequence[tuple[int, str]]) -> str:
+    """`rank 3 (node07) was lost`."""
+    names = " and ".join(f"rank {rank} ({host})" for rank, host in lost)
+    return f"{names} {'was' if len(lost) == 1 else 'were'} lost"
 
 
 def _may_print(job: _Job) -> bool:
@@ -197,6 +240,9 @@ def _print_alone(error: BaseException) -> None:
     if isinstance(error, UserError):
         if launched_rank() in (None, 0):
             print(f"mpidl: error: {error}", file=sys.stderr, flush=True)
+        else:
+            _keep_own_code()
+            time.sleep(_OTHERS_PRINT_S)  # a launcher may end all others when the first leaves, so that one has to print
         return
     traceback.print_exception(error)
 
@@ -220,6 +266,13 @@ def run_command(command: Callable[[], int | None]) -> int:
     Returns:
         The exit code of this rank's process. Does not return when this rank has to end the others.
     """
+    code = _code_of(command)
+    if code and _job is not None and _job.size > 1:  # `sys.exit(main())` looks `exit` up before there is a job
+        _keep_own_code()
+    return code
+
+
+def _code_of(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except SystemExit as error:

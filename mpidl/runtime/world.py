@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.errors import LaunchError, MpidlError, UserError
-from mpidl.runtime import faults
+from mpidl.runtime import faults, ulfm
+from mpidl.runtime.activity import Activity
 from mpidl.runtime.calls import Calls
 from mpidl.runtime.waiting import Pending
 
@@ -56,6 +57,8 @@ class World:
     """What the collectives that are started by this view are for."""
     calls: Calls = dataclasses.field(default_factory=Calls)
     """How many collectives this rank has started, by name and purpose."""
+    activity: Activity = dataclasses.field(default_factory=Activity)
+    """What this rank does, for those who watch."""
 
     @property
     def rank(self) -> int:
@@ -110,15 +113,24 @@ class World:
         self.calls.own[name, self.purpose] += 1
         return getattr(comm, name)(*arguments, **options)
 
+    def _call_and_wait(self, comm: MPI.Intracomm, name: str, *arguments: Any, **options: Any) -> Any:
+        """The same with a call that returns when others have made it, too."""
+        with self.activity.waiting():
+            return self._call(comm, name, *arguments, **options)
+
     def _start(self, comm: MPI.Intracomm, name: str, *arguments: Any, **options: Any) -> Pending:
         """Count and start a non-blocking collective."""
-        return Pending(self._call(comm, name, *arguments, **options), self.shares_cores)
+        return Pending(self._call(comm, name, *arguments, **options), self.shares_cores, self.activity.waiting)
 
     # --- collectives over all ranks -------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
-        self._start(self.comm, "Ibarrier").wait()
+        self.start_barrier().wait()
+
+    def start_barrier(self) -> Pending:
+        """Begin `barrier`. Collective."""
+        return self._start(self.comm, "Ibarrier")
 
     def broadcast(self, array: AnyArray, root: int = 0) -> None:
         """Overwrite `array` with the root's, in place. Collective; same shape and dtype everywhere."""
@@ -155,10 +167,15 @@ class World:
 
     def gather(self, array: AnyArray) -> AnyArray | None:
         """Every rank's array, (size, *array.shape), on rank 0; None elsewhere. Collective."""
+        result, pending = self.start_gather(array)
+        pending.wait()
+        return result
+
+    def start_gather(self, array: AnyArray) -> tuple[AnyArray | None, Pending]:
+        """Begin `gather`; returns what it will have filled. Collective; the array must stay until it is complete."""
         array = np.asarray(array, order="C")
         result = np.empty((self.size, *array.shape), array.dtype) if self.rank == 0 else None
-        self._start(self.comm, "Igather", array, result, root=0).wait()
-        return result
+        return result, self._start(self.comm, "Igather", array, result, root=0)
 
     def alltoall_varying(
         self,
@@ -227,6 +244,24 @@ class World:
 
         return Pending(MPI.REQUEST_NULL, self.shares_cores)
 
+    # --- between two ranks ----------------------------------------------------------------------------------------
+
+    def send(self, array: AnyArray, to: int) -> None:
+        """Send an array to a rank, which calls `receive`. Returns when the array may be written again."""
+        self.start_send(array, to).wait()
+
+    def start_send(self, array: AnyArray, to: int) -> Pending:
+        """Begin `send`; the array is not to be written until it is complete."""
+        return self._start(self.comm, "Isend", array, dest=to)
+
+    def receive(self, array: AnyArray, source: int) -> None:
+        """Overwrite an array with what a rank sends; same shape and dtype there."""
+        self.start_receive(array, source).wait()
+
+    def start_receive(self, array: AnyArray, source: int) -> Pending:
+        """Begin `receive`; the array belongs to MPI until it is complete."""
+        return self._start(self.comm, "Irecv", array, source=source)
+
     # --- collectives over this node's ranks -----------------------------------------------------------------------
 
     def node_barrier(self) -> None:
@@ -239,22 +274,22 @@ class World:
 
     def node_allgather_object(self, value: Any) -> list[Any]:
         """Every local rank's object (pickled). Collective over the node."""
-        return list(self._call(self.node_comm, "allgather", value))
+        return list(self._call_and_wait(self.node_comm, "allgather", value))
 
     # --- objects, for set-up and for users ------------------------------------------------------------------------
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """The root's object on every rank (pickled). Collective."""
-        return self._call(self.comm, "bcast", value, root=root)
+        return self._call_and_wait(self.comm, "bcast", value, root=root)
 
     def gather_object(self, value: Any) -> list[Any] | None:
         """Every rank's object on rank 0 (pickled); None elsewhere. Collective."""
-        gathered: list[Any] | None = self._call(self.comm, "gather", value, root=0)
+        gathered: list[Any] | None = self._call_and_wait(self.comm, "gather", value, root=0)
         return gathered
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Every rank's object (pickled). Collective."""
-        return list(self._call(self.comm, "allgather", value))
+        return list(self._call_and_wait(self.comm, "allgather", value))
 
     @contextlib.contextmanager
     def agreed(self, stage: str) -> Iterator[None]:
@@ -294,7 +329,10 @@ class World:
             )
 
     def abort(self, code: int = 1) -> None:
-        """End every rank of the job at once. Not collective, does not return."""
+        """End every rank of the job at once. Not collective; returns only where ranks may be lost (`ulfm.end_all`)."""
+        if ulfm.is_on():
+            ulfm.end_all(code)
+            return
         from mpi4py import MPI
 
         # Not self.comm: where ranks of three hosts abort a duplicate at once, MPICH 5.0 leaves some spinning in there,
@@ -303,13 +341,14 @@ class World:
 
     def duplicate(self) -> World:
         """The same ranks with communicators of their own: collectives there do not mix with those here. Collective."""
-        comm, node_comm = self._call(self.comm, "Dup"), self._call(self.node_comm, "Dup")
-        column = None if self.column_comm is None else self._call(self.column_comm, "Dup")
+        comm, node_comm = (ulfm.guard(self._call(each, "Dup")) for each in (self.comm, self.node_comm))
+        column = None if self.column_comm is None else ulfm.guard(self._call(self.column_comm, "Dup"))
         return dataclasses.replace(self, comm=comm, node_comm=node_comm, column_comm=column, calls=self.calls.apart())
 
     def free(self) -> None:
-        """Let the communicators of a `duplicate` go. Collective."""
+        """Let the communicators of a `duplicate`, or of a part of the ranks, go. Collective."""
         for comm in filter(None, (self.comm, self.node_comm, self.column_comm)):
+            ulfm.release(comm)
             self._call(comm, "Free")
 
     def without_shared_memory(self) -> World:
