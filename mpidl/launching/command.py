@@ -1,0 +1,101 @@
+"""What `mpidl launch` starts: the launcher's command line, and the run directory that it is about."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+
+from mpidl.errors import ConfigError
+from mpidl.launching.flags import Training
+from mpidl.runtime.launch import mpirun
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The parts of the command line."""
+
+    launcher: Sequence[str]
+    program: Sequence[str]
+    """mpidl, or python -m mpidl."""
+    arguments: Sequence[str]
+    """Of `mpidl train`, for the first start."""
+    training: Training
+    run_dir: pathlib.Path
+
+    def line(self, ranks: int | None, *, resumes: bool) -> list[str]:
+        """The command of the next start.
+
+        Args:
+            ranks: how many; None: the launcher knows.
+            resumes: whether a start before it has begun the run.
+        """
+        number = [] if ranks is None else ["-n", str(ranks)]
+        anew = self.training.is_resumed or not resumes
+        arguments = self.arguments if anew else ["--resume", str(self.run_dir)]
+        return [*self.launcher, *number, *self.program, "train", *arguments]
+
+
+def make(launcher: str | None, words: Sequence[str], read: Callable[[Sequence[str]], Training]) -> Command:
+    """The command for the words behind `mpidl launch`'s own options; makes the run directory.
+
+    Args:
+        launcher: with its options, as in a shell; None: the mpirun of this environment.
+        words: `mpidl train JOB ...`.
+        read: the settings that arguments of `mpidl train` make.
+
+    Raises:
+        ConfigError: the launcher cannot be found, what it is to start is no `mpidl train`, or its settings are wrong.
+    """
+    program, arguments = _split(words)
+    training = read(arguments)
+    found = _launcher(launcher)
+    run_dir = _made(training)
+    if training.run_dir == "auto":
+        arguments = [*arguments, "--run-dir", str(run_dir)]
+    return Command(found, program, arguments, training, run_dir)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The program and its arguments behind `train`."""
+    at = list(words).index("train") if "train" in words else 0
+    if not at or pathlib.PurePath(words[at - 1]).name != "mpidl":
+        given = f"not {shlex.join(words)!r}" if words else "which is missing"
+        raise ConfigError(f"mpidl launch starts a training: mpidl launch -n 4 mpidl train JOB.toml, {given}")
+    return list(words[:at]), list(words[at + 1 :])
+
+
+def _launcher(given: str | None) -> list[str]:
+    if given is None:
+        return [mpirun()]
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise ConfigError(f"--mpirun {given!r} cannot be read: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigError(f"--mpirun {given!r}: there is no such command; give the launcher and its options in quotes")
+    return words
+
+
+def _made(training: Training) -> pathlib.Path:
+    """The run directory, there: ranks on any node write how they have ended into it."""
+    if training.run_dir != "auto":
+        return _make_dir(pathlib.Path(training.run_dir), may_exist=True)
+    for number in range(1, 1_000_000):
+        with contextlib.suppress(FileExistsError):
+            name = training.name if number == 1 else f"{training.name}-{number}"
+            return _make_dir(pathlib.Path("runs", name), may_exist=False)
+    raise ConfigError(f"runs/ has too many runs of {training.name}; give --run-dir")
+
+
+def _make_dir(path: pathlib.Path, *, may_exist: bool) -> pathlib.Path:
+    try:
+        path.mkdir(parents=True, exist_ok=may_exist)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not may_exist:
+            raise
+        raise ConfigError(f"cannot make the run directory {path}: {error.strerror}; give another --run-dir") from None
+    return path

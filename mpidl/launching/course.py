@@ -1,0 +1,211 @@
+"""The starts of one training, one after the other: waiting for the launcher, passing signals on, and starting again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from mpidl.config import CONFIG_FILE, FINISHED
+from mpidl.guard import ENDS, die_with_parent
+from mpidl.launching.command import Command
+from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
+
+RANKS_FILE = "RANKS"
+"""The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LOOK_S = 0.2
+_AGAIN_S = 1.0
+"""After which SIGTERM is sent once more: ranks that listen take the first one as a wish to stop."""
+_ENDS_S = 10.0
+"""How long the launcher may then take to end all ranks."""
+
+
+class Course:
+    """One `mpidl launch`.
+
+    Args:
+        command: what is started.
+        ranks: how many; None: the launcher knows.
+        restarts: how often it may be started again.
+    """
+
+    def __init__(self, command: Command, ranks: int | None, restarts: int) -> None:
+        self._command = command
+        self._run_dir = command.run_dir
+        self._ranks = ranks
+        self._wanted: int | None = None
+        """The ranks of the next start, where it was asked for."""
+        self._count = Count(restarts, self._newest())
+        self._asked: signal.Signals | None = None
+        self._end_by: float | None = None
+        """When the launcher has to be ended with more force (time.monotonic), which is:"""
+        self._force = signal.SIGTERM
+        self._process: subprocess.Popen[bytes] | None = None
+        self._has_begun = False
+        """Whether a start has written the configuration of a run: an earlier one's is not to be gone on with."""
+
+    def run(self) -> int:
+        """Start until there is an end; the exit code."""
+        (self._run_dir / RANKS_FILE).unlink(missing_ok=True)  # of an earlier launch that ended before it saw the file
+        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        try:
+            while True:
+                end = self._start()
+                self._count.ended_with(self._newest())
+                verdict = judge(end, self._count)
+                if not verdict.restarts:
+                    self._say_end(end, verdict)
+                    return verdict.code
+                self._prepare_restart(end, verdict)
+        finally:
+            self._tidy()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- one start ------------------------------------------------------------------------------------------------
+
+    def _start(self) -> End:
+        """Start the launcher, and wait for its end."""
+        shutil.rmtree(self._ends, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
+            self._ends.mkdir(mode=0o700)
+        finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
+        parent = os.getpid()
+        self._process = subprocess.Popen(
+            self._command.line(self._ranks, resumes=self._has_begun),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
+        )
+        if self._asked is not None:  # in between
+            self._process.send_signal(signal.SIGTERM)
+        code = self._wait(self._process)
+        self._process = None
+        has_begun = self._stamp(CONFIG_FILE) not in (None, config)
+        self._has_begun |= has_begun
+        return End(
+            code,
+            is_finished=self._stamp(FINISHED) not in (None, finished),
+            has_begun=has_begun,
+            rank_codes=[each["code"] for each in self._rank_ends()],
+            asked=self._asked,
+            is_resized=self._wanted is not None,
+        )
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_LOOK_S)
+            if self._end_by is not None and time.monotonic() >= self._end_by:
+                process.send_signal(self._force)
+                self._force = signal.SIGKILL
+                self._end_by += _ENDS_S
+            self._look_for_request(process)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """The handler of signals: they stop the ranks with a checkpoint, and end them when they come again."""
+        again, self._asked = self._asked is not None, signal.Signals(number)
+        if again:
+            self._end_by = self._end_by or time.monotonic() + _AGAIN_S
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM if again else signal.SIGUSR1)
+
+    def _look_for_request(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop the ranks where the file RANKS asks for another number of them."""
+        file = self._run_dir / RANKS_FILE
+        try:
+            text = file.read_text().strip()
+        except (OSError, ValueError):
+            return
+        if not text or self._asked is not None:  # it is just being written, or all ends anyway
+            return
+        file.unlink(missing_ok=True)
+        most = self._command.training.partitions
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            _say(f"{file} says {text[:20]!r}; it takes a number from 1 to {most}, the partitions; nothing is changed")
+        elif int(text) == self._ranks:
+            _say(f"{file} says {text}, as many as there are; nothing is changed")
+        elif self._wanted is None:
+            self._wanted = int(text)
+            _say(f"stops with a checkpoint, to go on with {self._wanted} ranks")
+            process.send_signal(signal.SIGUSR1)
+        else:
+            self._wanted = int(text)
+
+    # --- between starts -------------------------------------------------------------------------------------------
+
+    def _prepare_restart(self, end: End, verdict: Verdict) -> None:
+        if verdict.is_counted:
+            self._count.restarts_left -= 1
+        self._ranks, self._wanted = self._wanted or self._ranks, None
+        where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
+        number = "" if self._ranks is None else f" on {self._ranks} ranks"
+        left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
+        _say(f"{self._describe(end)}starts again {where}{number}{left}")
+
+    def _say_end(self, end: End, verdict: Verdict) -> None:
+        if not verdict.reason:
+            return
+        number = "" if self._ranks is None else f" -n {self._ranks}"
+        program = shlex.join([*self._command.program, "train"])
+        can_resume = self._stamp(CONFIG_FILE) is not None and verdict.code not in HOPELESS
+        resume = f"; mpidl launch{number} {program} --resume {self._run_dir} goes on" if can_resume else ""
+        lost = self._describe(end) if end.asked is None else ""
+        _say(f"{lost}{verdict.reason}{resume}")
+
+    def _describe(self, end: End) -> str:
+        """Which ranks were lost, and where."""
+        lost = [f"rank {each['rank']} on {each['host']}" for each in self._rank_ends() if each["code"] < 0]
+        if lost:
+            return f"lost {', '.join(lost)}; "
+        if end.rank_codes or end.is_resized or not end.has_begun:
+            return ""
+        return f"the launcher ended with code {end.code}, and no rank says why: a node may be lost; "
+
+    # --- the run directory ----------------------------------------------------------------------------------------
+
+    @property
+    def _ends(self) -> pathlib.Path:
+        return self._run_dir / ENDS
+
+    def _rank_ends(self) -> list[dict[str, Any]]:
+        """What guards have written, by rank."""
+        found = []
+        for file in sorted(self._ends.glob("rank-*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                entry = json.loads(file.read_text())
+                found.append({"rank": int(entry["rank"]), "host": str(entry["host"]), "code": int(entry["code"])})
+        return sorted(found, key=lambda entry: entry["rank"])
+
+    def _stamp(self, name: str) -> tuple[int, int] | None:
+        """Which file of that name there is: one that an earlier start has written is another."""
+        try:
+            found = (self._run_dir / name).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _newest(self) -> str | None:
+        """The name of the newest whole checkpoint; `mpidl.checkpoint` knows it too, but loads torch."""
+        names = sorted(path.parent.name for path in self._run_dir.glob("checkpoints/epoch-*/manifest.json"))
+        return names[-1] if names else None
+
+    def _tidy(self) -> None:
+        shutil.rmtree(self._ends, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a run lies there
+            self._run_dir.rmdir()
+
+
+def _say(text: str) -> None:
+    print(f"mpidl: launch: {text}", file=sys.stderr, flush=True)
