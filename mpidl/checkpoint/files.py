@@ -1,24 +1,29 @@
-"""Files that appear whole or not at all, and the names inside a run directory."""
+"""Directories that appear whole or not at all, and the names inside a run directory.
+
+All of it is made of what POSIX, NFS and Lustre promise alike: what fsync returned for is on disk; rename is atomic, for
+those who look from other hosts too; a directory's entries are on disk when the directory was synced. Nothing relies on
+locks, on links, or on seeing other hosts' files at once.
+
+Names beside the checkpoints, all cleared away by the next run: `.new-NAME` is being written; `.old-NAME` was there
+before a checkpoint of the same name, and goes back where that one did not arrive; `.gone-NAME` is being removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import errno
 import json
-import math
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from mpidl.checkpoint.manifest import MANIFEST
 
-from mpidl.errors import CheckpointError
-
-MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-_KEYS = {"tensors", "layout", "aliases", "shards", "rest", "optimizer", "buffers", "progress"}
 _NAME = re.compile(r"epoch-(\d{6})(?:\+(\d{6,}))?")
 
 
@@ -32,14 +37,49 @@ def checkpoint_path(run_dir: pathlib.Path, epoch: int, iterations: int = 0) -> p
     return run_dir / CHECKPOINTS / f"epoch-{epoch:06d}{within}"
 
 
+def position_of(path: pathlib.Path) -> Position | None:
+    """What a checkpoint's name says; None: it is none."""
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
 def list_checkpoints(run_dir: pathlib.Path) -> list[tuple[Position, pathlib.Path]]:
-    """The whole checkpoints of a run directory, oldest first."""
+    """The checkpoints of a run directory that arrived, oldest first."""
+    return list_in(run_dir / CHECKPOINTS)
+
+
+def list_in(directory: pathlib.Path) -> list[tuple[Position, pathlib.Path]]:
+    """The same for the folder that holds them."""
     found = []
-    for path in (run_dir / CHECKPOINTS).glob("epoch-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
-            found.append(((int(match[1]), int(match[2] or 0)), path))
+    for path in directory.glob("epoch-*"):
+        position = position_of(path)
+        if position is not None and (path / MANIFEST).is_file():
+            found.append((position, path))
     return sorted(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a new one is complete."""
+
+    last: int | None = None
+    """The newest ones; None: all."""
+    every: int | None = None
+    """And each of which the number, counted from the run's first, can be divided by this; None: no others."""
+
+    def gone(self, numbers: Mapping[Position, int], written: Position) -> list[Position]:
+        """Those that may go, oldest first; never the one just written, nor what is behind it.
+
+        What is behind it was there when the run went on from an earlier one: it is damaged, and will be replaced.
+
+        Args:
+            numbers: of all checkpoints.
+            written: which one has just become complete.
+        """
+        if self.last is None:
+            return []
+        older = sorted(position for position in numbers if position <= written)[: -self.last]
+        return [position for position in older if not self.every or numbers[position] % self.every]
 
 
 def sync(path: pathlib.Path) -> None:
@@ -47,13 +87,11 @@ def sync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync directories by themselves
+            raise
     finally:
         os.close(descriptor)
-
-
-def contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with memory of its own in the usual order, as safetensors wants it."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def usual_mode(path: pathlib.Path) -> None:
@@ -69,62 +107,12 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     sync(path)
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is not one that this version reads.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != 3:
-        raise CheckpointError(f"{path / MANIFEST} is not of format 3, the one that this version reads")
-    missing = sorted(_KEYS - manifest.keys())
-    if missing:
-        raise CheckpointError(f"{path / MANIFEST} lacks {', '.join(missing)}: it is damaged")
-    try:
-        _check_shards(manifest)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from None
-    return manifest
-
-
-def _check_shards(manifest: dict[str, Any]) -> None:
-    """Raise unless the shards cover all elements, and all entries are of the types that readers expect."""
-    runs = []
-    for entry in manifest["shards"]:
-        if (str(entry["file"]), len(entry["sha256"])) != (entry["file"], 64):
-            raise ValueError(f"the name or checksum of shard {entry['file']}")
-        runs += [(int(start), int(stop), entry["file"]) for start, stop in entry["runs"]]
-    position = 0
-    for start, stop, file in sorted(runs):
-        if start != position or stop <= start:
-            raise ValueError(f"shard {file} does not go on at element {position}")
-        position = stop
-    total = sum(math.prod(int(length) for length in shape) for _, shape in manifest["tensors"])
-    if position != total:
-        raise ValueError(f"the shards end at element {position} of {total}")
-    dict(manifest["aliases"]), dict(manifest["progress"])
-    str(manifest["rest"]["file"]), len(manifest["rest"]["sha256"])
-    optimizer = manifest["optimizer"]
-    for state, options in zip(optimizer["state"], optimizer["options"], strict=True):
-        if state:
-            list(state["arrays"]), dict(state["scalars"]), list(state["tensor_scalars"])
-        dict(options)
-
-
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Make a finished directory appear under its name at once, in place of an older one of that name."""
-    for file in temporary.iterdir():
-        sync(file)
+    """Make a finished directory, whose files are on disk, appear under its name at once.
+
+    Where there is one of that name, it goes aside first: if the machine stops between the two steps, the next run
+    puts it back.
+    """
     sync(temporary)
     if final.exists():
         old = final.with_name(f".old-{final.name}")
@@ -135,13 +123,42 @@ def publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
         except OSError:
             old.rename(final)
             raise
-        remove(old)
+        sync(final.parent)
+        clear(old)
     else:
         temporary.rename(final)
     sync(final.parent)
+
+
+def discard(path: pathlib.Path) -> None:
+    """Remove a whole checkpoint: it is gone at once, or there."""
+    gone = path.with_name(f".gone-{path.name}")
+    remove(gone)
+    path.rename(gone)
+    sync(path.parent)
+    clear(gone)
 
 
 def remove(path: pathlib.Path) -> None:
     """Remove a directory that may not be there."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+def clear(path: pathlib.Path) -> None:
+    """Remove what nobody needs any more, as far as it can be: NFS keeps files that another process has open.
+
+    What is left of it is tried again by the next run.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_left_overs(directory: pathlib.Path) -> None:
+    """Take away what a killed run left half done, and put back what it had taken aside."""
+    for path in directory.glob(".old-*"):
+        final = path.with_name(path.name.removeprefix(".old-"))
+        if (path / MANIFEST).is_file() and not final.exists():
+            path.rename(final)
+    for kind in (".new-*", ".old-*", ".gone-*"):
+        for path in directory.glob(kind):
+            clear(path)

@@ -1,19 +1,23 @@
-"""Plain weights: one safetensors file with the state dict's names, which torch loads without mpidl."""
+"""Plain weights and plain optimizer state, which torch loads without mpidl."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mpidl.checkpoint.files import MANIFEST, contiguous_copy, list_checkpoints, sync, usual_mode
-from mpidl.checkpoint.sharded import read_weights
-from mpidl.errors import CheckpointError
+from mpidl.checkpoint.files import list_checkpoints, sync, usual_mode
+from mpidl.checkpoint.manifest import MANIFEST
+from mpidl.checkpoint.whole import read_optimizer, read_weights
+from mpidl.errors import CheckpointError, DamagedError
+from mpidl.runtime import warn
 
 WEIGHTS = "weights.safetensors"
+Read = TypeVar("Read")
 
 
 def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
@@ -22,13 +26,29 @@ def save_weights(state: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    _write_whole(path, lambda temporary: save_file(copies, temporary))
+
+
+def save_optimizer(state: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Write an optimizer's state dict for `torch.load(path, weights_only=True)`; the file appears whole.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    _write_whole(path, lambda temporary: torch.save(dict(state), temporary))
+
+
+def _write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     temporary = path.with_name(f".new-{path.name}")
     try:
-        save_file({name: contiguous_copy(tensor) for name, tensor in state.items()}, temporary)
+        write(temporary)
         usual_mode(temporary)
         sync(temporary)
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+        sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer makes RuntimeErrors of the system's
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from None
 
 
@@ -36,7 +56,8 @@ def load_weights(path: str | pathlib.Path, epoch: int | str | None = None) -> di
     """The state dict found at a path: a run directory, a checkpoint directory or a safetensors file. No MPI.
 
     Args:
-        path: of a run directory, its newest checkpoint is read, or its `weights.safetensors` where there is none.
+        path: of a run directory, its newest checkpoint that is whole is read, with a warning about any that is not,
+            or its `weights.safetensors` where there is none.
         epoch: of a run directory, the checkpoint after so many epochs; "2+17": and 17 iterations.
 
     Raises:
@@ -45,19 +66,49 @@ def load_weights(path: str | pathlib.Path, epoch: int | str | None = None) -> di
     path = pathlib.Path(path)
     if path.is_file():
         return _read(path)
+    if epoch is None and (path / WEIGHTS).is_file() and not list_checkpoints(path):
+        return _read(path / WEIGHTS)
+    return _read_checkpoint(path, epoch, read_weights)
+
+
+def load_optimizer(path: str | pathlib.Path, epoch: int | str | None = None) -> dict[str, Any]:
+    """The state dict of the optimizer found in a run directory or a checkpoint directory, in torch's format. No MPI.
+
+    Arguments and errors are those of `load_weights`.
+    """
+    return _read_checkpoint(pathlib.Path(path), epoch, read_optimizer)
+
+
+def _read_checkpoint(path: pathlib.Path, epoch: int | str | None, read: Callable[[pathlib.Path], Read]) -> Read:
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
     if epoch is None and (path / MANIFEST).is_file():
-        return read_weights(path)
+        return read(path)
+    if epoch is None:
+        return _read_newest(path, read)
     found = {_text(position): each for position, each in list_checkpoints(path)}
-    if epoch is None and not found and (path / WEIGHTS).is_file():
-        return _read(path / WEIGHTS)
-    wanted = next(reversed(found), "") if epoch is None else str(epoch)
-    if wanted not in found:
+    if str(epoch) not in found:
         there = ", ".join(found) or "none"
-        what = "a checkpoint" if epoch is None else f"the checkpoint of epoch {epoch}"
-        raise CheckpointError(f"{path} does not hold {what}; checkpoints there: {there}")
-    return read_weights(found[wanted])
+        raise CheckpointError(f"{path} does not hold the checkpoint of epoch {epoch}; checkpoints there: {there}")
+    return read(found[str(epoch)])
+
+
+def _read_newest(path: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Read:
+    """The newest of a run directory that is whole; a training may write there, and remove old ones meanwhile."""
+    tried: list[pathlib.Path] = []
+    while True:
+        left = [each for _, each in list_checkpoints(path) if each not in tried]
+        if not left:
+            raise CheckpointError(f"{path} does not hold a checkpoint; checkpoints there: none")
+        try:
+            return read(left[-1])
+        except DamagedError as error:
+            tried.append(left[-1])
+            is_there = left[-1].exists()
+            if is_there and len(left) == 1:
+                raise
+            if is_there:
+                warn(f"{error}; the one before it is tried")
 
 
 def _text(position: tuple[int, int]) -> str:

@@ -1,0 +1,262 @@
+"""A training's state as it was when a group began, kept in memory, for those who outlive a lost rank.
+
+At the start of a group each rank copies its shard (weights and element-wise state) and the optimizer's scalars into a
+*slot* (`slots.py`) that the other ranks of its node can read, also when it has died, and passes it on to its buddy on
+the next node. What is the same on all ranks (buffers, progress) each keeps for itself. There are two slots: a group's
+start is copied over that of the last but one. Others read them only after a loss, when their owner has died or has met
+the others (`runtime/ulfm.py`).
+
+- *which*: a rank begins group k + 1 only when all have ended an iteration of group k, so of any two ranks one is at
+  most one start ahead, and has passed on all before it: the older of the two newest starts is in a slot of every rank
+  and with its buddy. It can be read of all unless a node and the next one are lost together, or the only one.
+- *find*: those who live tell each other what they can read of whom, and take the newest start that somebody can read of
+  every rank of then.
+- *restore*: everyone takes what belongs to its new shard from the images, as from a checkpoint's files; those of ranks
+  on other nodes are broadcast by the lowest rank that can read them.
+
+The first two starts are collective, as optimizers make their state in their first step: ranks agree on what vectors
+there are and, where these are others than before, share new segments. Those before stay until the start after that; and
+the memory of the world before the last loss stays until this one's second start, when every rank has completed the
+first. So if one more rank is lost at any moment, what it takes is there.
+
+The fourth start is timed. Where groups are so short that keeping all starts would take more than COST_SHARE of the
+time, some are left out: the same ones on all ranks, by a clock that came with the gradients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpidl.checkpoint.reading import Wanted, install, overlaps, wanted_by
+from mpidl.checkpoint.slots import NUM_SLOTS, Slot, Store
+from mpidl.checkpoint.snapshot import Compaction
+from mpidl.parameters import ParameterManager
+from mpidl.parameters.layout import Piece, merge_pieces
+from mpidl.parameters.state import merge_scalars
+from mpidl.runtime import SharedMemoryError, World, warn
+
+Float32Array = NDArray[np.float32]
+
+_COLLECTIVE = 2
+"""In so many starts ranks agree on what there is to keep."""
+_TIMED = 4
+"""In this one, on what it takes: the first time that a slot is overwritten."""
+COST_SHARE = 0.01
+"""Of the time, for keeping: starts that come too soon are left out."""
+
+
+class Memory:
+    """The states of one manager's training at the last starts of groups.
+
+    Args:
+        manager: whose weights, buffers and optimizer.
+        world: all ranks, with their nodes.
+        before: of the world before the last loss; kept until this one's own are complete.
+    """
+
+    def __init__(self, manager: ParameterManager, world: World, before: Memory | None = None) -> None:
+        self.before = before
+        self.generation: int = 0 if before is None else before.generation + 1
+        """Of the worlds of a job, which one's it is."""
+        self._manager: ParameterManager | None = manager
+        self._world = world
+        self._compaction = Compaction(manager.layout, manager.shard_runs)
+        self.runs = [_unpadded(manager, manager.runs_of(rank)) for rank in range(world.size)]
+        """Each rank's shard: elements [start, stop) of the vector without gaps."""
+        self._stores: list[Store] = []
+        self._num_kept = 0
+        self._own: dict[int, tuple[Any, dict[str, torch.Tensor], list[str] | None]] = {}
+        """What is the same on all ranks, by iteration."""
+        self._has_room = True
+        self._kept_at, self._interval_s = 0.0, 0.0
+
+    def keep(self, iteration: int, state: Any, now: float) -> None:
+        """Keep what there is now, where it is time; weights are complete. Collective the first times.
+
+        Args:
+            iteration: iterations that are done, more than the last time.
+            state: what else is needed to go on; the same on all ranks, and nobody changes it.
+            now: seconds of a clock that is the same on all ranks.
+        """
+        if not self._has_room or 0 <= now - self._kept_at < self._interval_s:
+            return
+        began, self._kept_at = time.perf_counter(), now
+        assert self._manager is not None, "frozen"
+        scalars = self._manager.shard_optimizer.scalars()
+        self._num_kept += 1
+        if self._num_kept > 1:
+            self.before = None
+        if self._num_kept <= _COLLECTIVE:
+            self._arrange(scalars)
+        else:
+            del self._stores[:-1]
+        if self._stores:
+            self._write(self._manager, iteration, state, scalars)
+            self._stores[-1].pass_on(self._num_kept % NUM_SLOTS)
+        if self._num_kept == _TIMED:
+            cost_s = self._world.allreduce(np.array([time.perf_counter() - began]), "max")
+            self._interval_s = float(cost_s[0]) / COST_SHARE
+
+    def freeze(self) -> None:
+        """Nothing more is kept, so that the memory of the manager may go. Not collective."""
+        self._manager = None
+
+    def _arrange(self, scalars: Sequence[Mapping[str, Any]]) -> None:
+        """Have room for the vectors that there are. Collective."""
+        world = self._world
+        merged = merge_scalars(world.allgather_object(list(scalars)))
+        states = sorted({key for entry in merged for key in entry.get("arrays", [])})
+        keys = ["weights", *(f"state.{state}" for state in states)]
+        if self._stores and self._stores[-1].keys == keys:
+            return
+        sizes = [sum(stop - start for start, stop in runs) for runs in self.runs]
+        try:
+            self._stores.append(Store(world, keys, sizes, len(merged)))
+        except SharedMemoryError as error:
+            warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
+            self._has_room = False
+            self._stores.clear()
+
+    def _write(
+        self, manager: ParameterManager, iteration: int, state: Any, scalars: Sequence[Mapping[str, Any]]
+    ) -> None:
+        store = self._stores[-1]
+        self._own[iteration] = state, manager.buffer_values(), manager.travelling_buffers
+        slot = store.slots[self._world.rank][self._num_kept % NUM_SLOTS]
+        slot.open()
+        for start, values in manager.shard_weight_pieces():
+            self._compaction.copy(start, values, slot.vectors["weights"])
+        for key, start, values in manager.shard_optimizer.state_pieces():
+            if f"state.{key}" not in slot.vectors:
+                return  # an optimizer that makes new state later: nothing is kept of it
+            self._compaction.copy(start, values, slot.vectors[f"state.{key}"])
+        slot.close(iteration, scalars)
+        for old in sorted(self._own)[:-3]:
+            del self._own[old]
+
+    def held(self) -> dict[int, list[int]]:
+        """By rank, the iterations at whose starts this rank can read that one's image, and knows the rest."""
+        found: dict[int, list[int]] = {}
+        for store in self._stores:
+            for rank, slots in store.slots.items():
+                found.setdefault(rank, []).extend(slot.iteration for slot in slots if slot.iteration in self._own)
+        return found
+
+    def image(self, rank: int, iteration: int) -> Slot | None:
+        """A rank's image, where this one can read it."""
+        slots = [slot for store in self._stores for slot in store.slots.get(rank, [])]
+        return next((slot for slot in slots if slot.iteration == iteration), None)
+
+    def state(self, iteration: int) -> tuple[Any, dict[str, torch.Tensor], list[str] | None]:
+        """What was the same on all ranks: `keep`'s state, buffers, and the names of those that travel."""
+        return self._own[iteration]
+
+
+def _unpadded(manager: ParameterManager, runs: Sequence[Piece]) -> list[Piece]:
+    return merge_pieces(manager.layout.unpadded(run) for run in runs)
+
+
+class Found:
+    """A start of a group that all of which can be read.
+
+    Args:
+        memory: whose.
+        iteration: iterations that were done then.
+        holders: by rank of then, the ranks of now that can read its image.
+    """
+
+    def __init__(self, memory: Memory, iteration: int, holders: Mapping[int, Sequence[int]]) -> None:
+        self.memory, self.iteration, self._holders = memory, iteration, holders
+
+    @property
+    def state(self) -> Any:
+        """What `Memory.keep` was given."""
+        return self.memory.state(self.iteration)[0]
+
+    def restore(self, manager: ParameterManager, world: World) -> None:
+        """Give weights, buffers and optimizer their values of then. Collective."""
+        _, buffers, travelling = self.memory.state(self.iteration)
+        wanted, size = wanted_by(manager)
+        vectors: dict[str, Float32Array] = {}
+        scalars = []
+        for rank in range(len(self.memory.runs)):
+            found, own_scalars = self._image(rank, world)
+            scalars.append(own_scalars)
+            self._take(rank, found, wanted, size, vectors)
+        manager.restore_buffers(buffers)
+        install(manager, vectors, merge_scalars(scalars))
+        if travelling is not None:
+            manager.settle_buffers(travelling)
+
+    def _image(self, rank: int, world: World) -> tuple[Mapping[str, Float32Array], list[dict[str, Any]]]:
+        """A rank's vectors and scalars. Collective where not all can read them."""
+        image, holders = self.memory.image(rank, self.iteration), self._holders[rank]
+        if len(holders) == world.size:
+            assert image is not None, "all said that they can read it"
+            return image.vectors, image.scalars()
+        told = None if image is None else (list(image.vectors), image.scalars())
+        keys, scalars = world.broadcast_object(told, root=holders[0])
+        length = sum(stop - start for start, stop in self.memory.runs[rank])
+        vectors = {key: np.empty(length, np.float32) if image is None else image.vectors[key] for key in keys}
+        for vector in vectors.values():
+            world.broadcast(vector, root=holders[0])
+        return vectors, scalars
+
+    def _take(
+        self,
+        rank: int,
+        found: Mapping[str, Float32Array],
+        wanted: Sequence[Wanted],
+        size: int,
+        vectors: dict[str, Float32Array],
+    ) -> None:
+        """Copy what is wanted of a rank's vectors."""
+        pieces = list(overlaps(self.memory.runs[rank], wanted))
+        for key, vector in found.items():
+            into = vectors.setdefault(key, np.zeros(size, np.float32))
+            for place, target, number in pieces:
+                into[target : target + number] = vector[place : place + number]
+
+
+def find(memory: Memory | None, world: World) -> Found | None:
+    """The newest start of a group that can be restored, the same on all ranks; None: there is none. Collective."""
+    chain = []
+    while memory is not None:
+        chain.append(memory)
+        memory = memory.before
+    told: list[dict[int, dict[int, list[int]]]] = world.allgather_object(
+        {each.generation: each.held() for each in chain}
+    )
+    for each in chain:  # newest first
+        if not all(each.generation in other for other in told):
+            continue
+        own = [other[each.generation] for other in told]
+        holders = _best(own, len(each.runs))
+        if holders is not None:
+            return Found(each, *holders)
+    return None
+
+
+def _best(told: Sequence[Mapping[int, Sequence[int]]], num_ranks: int) -> tuple[int, dict[int, list[int]]] | None:
+    """The newest iteration that somebody can read of every rank, and who can read what.
+
+    Args:
+        told: by rank of now, what it can read: by rank of then, iterations.
+        num_ranks: ranks of then.
+    """
+    common = None
+    for rank in range(num_ranks):
+        own = {iteration for each in told for iteration in each.get(rank, [])}
+        common = own if common is None else common & own
+    if not common:
+        return None
+    newest = max(common)
+    return newest, {
+        rank: [now for now, each in enumerate(told) if newest in each.get(rank, [])] for rank in range(num_ranks)
+    }
