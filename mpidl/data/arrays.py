@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
+from mpidl.data import memory
 from mpidl.data.files import AnyArray
 from mpidl.data.order import Int64Array
 from mpidl.errors import DataError
@@ -124,12 +125,14 @@ class _Column:
         """Copy rows into a new tensor. NumPy does it, in this thread only; torch would start more of them."""
         import torch
 
+        rows = memory.empty((len(indices), *self.array.shape[1:]), self._native)
         if self._is_mapped:
             order = np.argsort(indices)
-            rows = np.empty((len(indices), *self.array.shape[1:]), self._native)
             rows[order] = self._copy(indices[order])
+        elif self._is_plain:
+            self.array.take(indices, axis=0, out=rows, mode="clip")  # "raise" would fill a copy of `rows` first
         else:
-            rows = self._copy(indices).astype(self._native, copy=False)
+            rows[...] = self._copy(indices)
         return self._view(torch.from_numpy(rows))
 
     def _copy(self, indices: Int64Array) -> AnyArray:

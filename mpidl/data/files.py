@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,10 +13,19 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mpidl.errors import DataError
+from mpidl.errors import MALFORMED, DataError
 
 AnyArray: TypeAlias = npt.NDArray[Any]
 ArrayPair: TypeAlias = tuple[AnyArray, AnyArray]
+
+DEFLATE_RATIO = 1032
+"""Bytes that one compressed byte can become at most; zlib's "Technical details"."""
+
+_DAMAGED = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, SyntaxError, tokenize.TokenError,
+    *MALFORMED,
+)  # fmt: skip
+"""What zipfile, its decoders and NumPy raise: an array's header is text of Python's, and so are its errors."""
 
 _PAIRS = (("x", "y"), ("images", "labels"), ("inputs", "targets"), ("x_train", "y_train"))
 _VALIDATION_PAIRS = (("x_val", "y_val"), ("x_test", "y_test"))
@@ -29,7 +40,7 @@ def open_npy(path: Path) -> AnyArray:
     check_file(path)
     try:
         array: AnyArray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} is not a whole .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is an .npz file, not an .npy file; give it alone, without a second file")
@@ -73,9 +84,9 @@ def open_npz_sets(path: Path) -> tuple[ArrayPair, ArrayPair | None]:
                 )
             validation = next((pair for pair in _VALIDATION_PAIRS if set(pair) <= set(members)), None)
             arrays = {name: _read_member(archive, members[name]) for name in (*train, *(validation or ()))}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except _DAMAGED as error:
         raise DataError(f"{path} is not a whole .npz file of numbers: {error}") from error
     pairs = [(arrays[pair[0]], arrays[pair[1]]) for pair in (train, validation) if pair]
     return pairs[0], pairs[1] if validation else None
@@ -107,6 +118,8 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> AnyArray:
             raise DataError(
                 f"{archive.filename}: {info.filename} should hold {stated} bytes, {shape} of {dtype}, and has {present}"
             )
+        if stated > DEFLATE_RATIO * Path(archive.filename or "").stat().st_size:
+            raise DataError(f"{archive.filename}: {info.filename} states {stated} bytes, more than the file can hold")
     with archive.open(info) as file:
         array: AnyArray = np.lib.format.read_array(file, allow_pickle=False)
     return array

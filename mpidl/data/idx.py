@@ -12,12 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from mpidl.data.files import check_file
+from mpidl.data.files import DEFLATE_RATIO, check_file
 from mpidl.errors import DataError
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP_MAGIC = b"\x1f\x8b"
-_GZIP_LARGEST_RATIO = 1032  # of deflate; zlib's "Technical details"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -40,7 +39,7 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == _GZIP_MAGIC
-        available = path.stat().st_size * (_GZIP_LARGEST_RATIO if compressed else 1)
+        available = path.stat().st_size * (DEFLATE_RATIO if compressed else 1)
         with path.open("rb") as plain:
             return _read(gzip.open(plain) if compressed else plain, available, path)
     except (OSError, EOFError, zlib.error) as error:

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from mpidl.data import memory
+from mpidl.data.files import DEFLATE_RATIO
 from mpidl.data.order import Int64Array
 from mpidl.data.pixels import scale_and_shift
-from mpidl.data.sources import ReadError
+from mpidl.data.sources import SampleError
 from mpidl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _DEVIATION = (0.229, 0.224, 0.225)
 
 _AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random part: Szegedy and others, CVPR 2015, section 6
 _NUM_TRIES = 10
+_DEEP_MODES = ("I", "F")  # 16 and 32 bits: Pillow cuts what is above 255
+_USUAL_PIXELS = 1 << 24  # of which nothing is asked; of more, a byte holds at most eight that are deflated
 _MOST_STAND_INS = 100  # damaged images in a row
 
 
@@ -90,7 +94,7 @@ class ImageFolderSource:
         """Decode, cut and normalise the images at `indices`.
 
         Raises:
-            ReadError: an image cannot be read, cannot be decoded, or is of another kind than the others.
+            SampleError: an image cannot be read, cannot be decoded, or is of another kind than the others.
         """
         import torch
 
@@ -100,7 +104,7 @@ class ImageFolderSource:
         for position, index in enumerate(indices.tolist()):
             seed = None if seeds is None else seeds[position]
             pixels[position], labels[position] = self._sample(index, seed)
-        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32)
+        images = memory.copy(pixels.transpose(0, 3, 1, 2), np.float32)
         images *= self._scale
         images += self._shift
         return torch.from_numpy(images), torch.from_numpy(labels)
@@ -115,7 +119,7 @@ class ImageFolderSource:
                 return np.asarray(image).reshape(self._size, self._size, -1), int(self.targets[number])
             except DamagedImageError as error:
                 if not self._skip_damaged:
-                    raise ReadError(
+                    raise SampleError(
                         f"{name} cannot be decoded: {error}; repair or remove it, or let others stand in for such "
                         "images with data_args = {skip_damaged = true}",
                         index,
@@ -127,13 +131,19 @@ class ImageFolderSource:
                     file=sys.stderr,
                 )
             except OSError as error:
-                raise ReadError(f"{name} cannot be read: {error}", index) from error
-        raise ReadError(f"{_MOST_STAND_INS} images from {self._names[index]} on cannot be decoded", index)
+                raise SampleError(f"{name} cannot be read: {error}", index) from error
+        raise SampleError(f"{_MOST_STAND_INS} images from {self._names[index]} on cannot be decoded", index)
 
     def _cut(self, image: Image, name: str, index: int, seed: int | None) -> Image:
         if image.mode != self._mode:
+            if image.mode.startswith(_DEEP_MODES):
+                raise SampleError(
+                    f"{name} is of Pillow's mode {image.mode}, with more than 8 bits a channel, of which converting "
+                    "would keep the darkest only; save it with 8, or remove it",
+                    index,
+                )
             if not self._convert:
-                raise ReadError(
+                raise SampleError(
                     f"{name} is of Pillow's mode {image.mode}, and all are to be of mode {self._mode}; convert such "
                     "images with data_args = {convert = true}, or remove it",
                     index,
@@ -232,6 +242,8 @@ def _decode(name: str) -> Image:
     with open(name, "rb") as file:
         try:
             image = PIL.Image.open(file)
+            if image.width * image.height > _USUAL_PIXELS + 8 * DEFLATE_RATIO * os.fstat(file.fileno()).st_size:
+                raise ValueError(f"its header states {image.width} x {image.height} pixels, more than it can hold")
             image.load()
             return image
         except Exception as error:  # Pillow's decoders raise whatever they meet

@@ -93,6 +93,11 @@ class Loader:
         self._num_outstanding -= 1
         self._reader.skip()
 
+    def forget(self) -> None:
+        """Forget all batches that were requested and not yet given; others may be requested then."""
+        while self._num_outstanding:
+            self.skip()
+
     def close(self) -> None:
         """End the thread or the processes and forget all requests. A second call does nothing."""
         self._finalizer()

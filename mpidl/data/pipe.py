@@ -20,6 +20,7 @@ import cloudpickle
 import numpy as np
 import torch
 
+from mpidl.data import memory
 from mpidl.data.order import Order
 
 Frame: TypeAlias = list[memoryview]  # the pickle, then the buffers it refers to
@@ -91,7 +92,7 @@ def read_exactly(file: io.FileIO, size: int) -> memoryview:
     Raises:
         EOFError: the file ended before.
     """
-    content = np.empty(size, np.uint8).data  # not set to zero first, as a bytearray is
+    content = memory.empty((size,), np.uint8).data  # not set to zero first, as a bytearray is
     filled = 0
     while filled < size:
         count = file.readinto(content[filled:])

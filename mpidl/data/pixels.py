@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from mpidl.data import memory
 from mpidl.data.order import Int64Array
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ImageSource:
         pixels = self._pixels.take(indices, axis=0)
         if seeds is not None and self._shift_size:
             pixels = moved(pixels, seeds, self._shift_size)
-        images = pixels.astype(np.float32)
+        images = memory.copy(pixels, np.float32)
         images *= self._scale
         images += self._shift
         return torch.from_numpy(images), torch.from_numpy(self.targets[indices])

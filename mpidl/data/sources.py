@@ -34,6 +34,10 @@ class ReadError(MpidlError):
         return type(self), (str(self), self.index)
 
 
+class SampleError(ReadError, DataError):
+    """A sample that is damaged or of another kind than the others: its file is to blame, and the message is enough."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """A set of samples that can be read in batches by index.

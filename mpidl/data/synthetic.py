@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpidl.data import memory
 from mpidl.data.order import Int64Array
 from mpidl.errors import ConfigError
 
@@ -52,7 +53,7 @@ class SyntheticSource:
         """Copy the windows at `indices`: float32, (batch, *shape), and int64 labels; seeds have no effect."""
         import torch
 
-        samples = np.empty((len(indices), self._size), np.float32)
+        samples = memory.empty((len(indices), self._size), np.float32)
         for row, place in zip(samples, self._places[indices].tolist(), strict=True):
             row[:] = self._block[place : place + self._size]
         return torch.from_numpy(samples.reshape(-1, *self._shape)), torch.from_numpy(self.targets[indices])

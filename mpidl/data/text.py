@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 Tokens = npt.NDArray[Any]  # uint8 bytes or uint32 numbers of characters
 
-_NUM_BYTES = 256
-
 
 class TextSource:
     """Windows of a text that lie side by side; a batch is (tokens, the tokens after each): int64, (batch, context).
