@@ -31,7 +31,7 @@ from mpidl.parameters.reduction import Job, Lanes, Steps, ordered
 from mpidl.parameters.scratch import Scratch
 from mpidl.parameters.team import Team
 from mpidl.parameters.wire import WIRES
-from mpidl.runtime import World
+from mpidl.runtime import Pending, World
 
 BASELINES = ("driver", "tree", "allreduce")
 
@@ -160,6 +160,10 @@ class Baseline:
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Nothing is under way."""
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for a collective of the main thread's."""
+        pending.wait()
 
     def close(self) -> None:
         """Nothing is left to end."""

@@ -14,6 +14,7 @@ no mean. Buffers that are not persistent are caches and each rank's own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -78,6 +79,15 @@ class ModelBuffers:
         for buffer in self._all:
             buffer.base = buffer.tensor.clone()
             buffer.note()
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values of the iteration's start, by name; nobody writes into these tensors, also later."""
+        return {buffer.name: buffer.base for buffer in self._all}
+
+    def restore(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Give the modules what `values` gave."""
+        for buffer in self._all:
+            buffer.tensor.copy_(values[buffer.name])
 
     def reset(self) -> None:
         """Give the modules the values of the iteration's start."""

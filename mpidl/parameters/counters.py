@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpidl.errors import LayoutError, NonFiniteLossError, TooManyDroppedError
 from mpidl.parameters.assignment import Assignment
-from mpidl.runtime import Pending, World, share
+from mpidl.runtime import Pending, World, on_all_ranks, share
 
 FIELDS = ("loss_sum", "weight", "samples", "flags", "seconds", "started")
 LOSS_SUM, WEIGHT, SAMPLES, FLAGS, SECONDS, STARTED = range(len(FIELDS))
@@ -86,3 +87,33 @@ class Counters:
         gathered, pending = world.start_allgather_varying(self._own[start:stop].reshape(-1), counts)
         yield pending
         self.table[: assignment.num_partitions] = gathered.reshape(-1, len(FIELDS))
+
+
+def check_dropped(table: NDArray[np.float64], most: int | None) -> None:
+    """Raise TooManyDroppedError where more than `most` partitions of a complete table were dropped."""
+    dropped = int(np.count_nonzero(table[:, FLAGS].astype(int) & DROPPED))
+    if most is not None and dropped > most:
+        raise TooManyDroppedError(f"{dropped} of {len(table)} partitions were dropped; at most {most} may be")
+
+
+def check_table(table: NDArray[np.float64]) -> None:
+    """See that a complete table can be divided by and counted on; all ranks hold the same, so all raise alike.
+
+    Raises:
+        NonFiniteLossError: a partition's loss or weight is not finite, or the weight negative.
+        LayoutError: some ranks have told their weights and others have not.
+    """
+    bad = np.flatnonzero(~np.isfinite(table[:, LOSS_SUM]))
+    if bad.size:
+        raise on_all_ranks(NonFiniteLossError(f"the loss of partition {bad[0]} is {table[bad[0], LOSS_SUM]}"))
+    odd = np.flatnonzero(~(np.isfinite(table[:, WEIGHT]) & (table[:, WEIGHT] >= 0)))
+    if odd.size:
+        raise on_all_ranks(NonFiniteLossError(f"the weight of partition {odd[0]} is {table[odd[0], WEIGHT]}"))
+    flags = table[:, FLAGS].astype(int) & EQUAL_WEIGHTS
+    if flags.min() != flags.max():
+        raise on_all_ranks(
+            LayoutError(
+                f"rank {int(flags.argmax())} called step() without num_samples, rank {int(flags.argmin())} with it; "
+                "all ranks must do alike"
+            )
+        )

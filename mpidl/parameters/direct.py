@@ -18,6 +18,7 @@ from mpidl.parameters.counters import Counters
 from mpidl.parameters.exchange import Bucket, Exchange
 from mpidl.parameters.layout import Slice, blocks_of
 from mpidl.parameters.team import Team
+from mpidl.runtime import Pending
 
 
 class Direct:
@@ -121,6 +122,10 @@ class Direct:
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """The node barrier at the end of `Synchronizer.synchronize` is all there is to wait for."""
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for a collective of the main thread's."""
+        pending.wait()
 
     def close(self) -> None:
         """Nothing is left to end."""

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Protocol
 
-from mpidl.runtime import Patience
+from mpidl.runtime import Patience, Pending
 
 
 class Awaited(Protocol):
@@ -104,8 +104,15 @@ class Driver:
 
     def wait(self, flag: Flag) -> None:
         """Advance courses until the flag is raised."""
+        self._advance_until(flag)
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for what the main thread itself has begun; others may come to it by help of the courses only."""
+        self._advance_until(pending)
+
+    def _advance_until(self, awaited: Awaited) -> None:
         patience = Patience()
-        while not flag.is_over():
+        while not awaited.is_over():
             if self.poll():
                 patience.reset()
             else:
@@ -153,6 +160,10 @@ class ThreadDriver:
         flag.wait()
         self._waited_for = None
         self._check()
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for what the main thread itself has begun."""
+        pending.wait()
 
     def close(self) -> None:
         """End the thread, when all courses have ended."""

@@ -77,6 +77,10 @@ class Gate:
             self._wait(needed)
             self._pending -= needed
 
+    def forget(self) -> None:
+        """Wait for nothing any more: what was under way was given up."""
+        self._pending = set()
+
     def remove(self) -> None:
         """Give the modules plain tables back."""
         self.open()

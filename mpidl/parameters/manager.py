@@ -23,7 +23,7 @@ from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.baselines import BASELINES
 from mpidl.parameters.bucket_size import BucketSize
 from mpidl.parameters.buffers import ModelBuffers
-from mpidl.parameters.clipping import Clipping
+from mpidl.parameters.exchange_settings import ExchangeSettings
 from mpidl.parameters.gate import Gate
 from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.model import (
@@ -37,10 +37,10 @@ from mpidl.parameters.norms import use_norms_over_shards
 from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.state import full_state, load_full_state
-from mpidl.parameters.synchronizer import STRATEGIES, Synchronizer
+from mpidl.parameters.synchronizer import Synchronizer
 from mpidl.parameters.update import OptimizerFactory, ShardOptimizer, goes_by_slices
 from mpidl.parameters.wire import WIRES
-from mpidl.runtime import SharedMemoryError, World, init, warn
+from mpidl.runtime import SharedMemoryError, World, activity, init, warn
 
 
 class ParameterManager:
@@ -94,34 +94,20 @@ class ParameterManager:
         world: World | None = None,
         assignment: Assignment | None = None,
     ) -> None:
+        settings = ExchangeSettings(reduction, wire, error_feedback, clip_norm, clip_value, bucket_mb)
         self.world = (init() if world is None else world).for_purpose("exchange")
         if reduction in BASELINES:
             self.world = self.world.without_shared_memory()
         self.model = model
         self.assignment = assignment or Assignment.even(self.world.size, self.world.size)
         with self.world.agreed("checking the model"):
-            if reduction not in STRATEGIES:
-                raise LayoutError(f"reduction {reduction!r} is not one of {', '.join(STRATEGIES)}")
-            if wire not in WIRES:
-                raise LayoutError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
-            if reduction in BASELINES and WIRES[wire].rounds:
-                raise LayoutError(f"reduction {reduction!r} sends float32 only; leave wire={wire!r} out")
-            if error_feedback and (reduction != "ordered" or not WIRES[wire].rounds):
-                raise LayoutError(
-                    f"error_feedback is for gradients that are rounded, and with reduction={reduction!r} and "
-                    f"wire={wire!r} none are; add wire='bfloat16' (with reduction 'ordered'), or leave it out"
-                )
-            clipping = Clipping(clip_norm, clip_value)
-            clipping.check()
-            if bucket_mb is not None and not bucket_mb > 0:
-                raise LayoutError(f"bucket_mb is {bucket_mb}; it must be a positive number, or None")
+            settings.check()
             check_model(model)
             self._parameters = trainable_parameters(model)
             self._groups = group_parameters(self._parameters, param_groups)
         self._trained = {id(parameter) for _, parameter in self._parameters}
         self.layout = FlatLayout.of((name, tuple(p.shape)) for name, p in self._parameters)
         self.world.check_equal("the model", describe_model(model, self._groups), LayoutError)
-        settings = (reduction, wire, error_feedback, clip_norm, clip_value, bucket_mb)
         self.world.check_equal("the exchange's settings", repr(settings), LayoutError)
         self._buffers = ModelBuffers(model)
         make = functools.partial(
@@ -131,7 +117,7 @@ class ParameterManager:
             assignment=self.assignment,
             reduction=reduction,
             wire=WIRES[wire],
-            clipping=clipping,
+            clipping=settings.clipping,
             by_slices=goes_by_slices(optimizer),
             error_feedback=error_feedback,
         )
@@ -142,6 +128,10 @@ class ParameterManager:
         except MpidlError:  # on every rank
             self._release()
             raise
+        except Exception:
+            self.abandon()
+            raise
+        self.world.activity.enter(activity.OWN_CODE, 1)
 
     def _build(self, optimizer: OptimizerFactory, bucket_mb: float | None) -> None:
         """Move the model in, and make the optimizer."""
@@ -346,6 +336,11 @@ class ParameterManager:
         """Bytes of float32 that are exchanged together, at the most."""
         return 4 * max(stop - start for start, stop in (bucket.span for bucket in self._sync.route.buckets))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether buckets stay as large as they are."""
+        return self._bucket_size is None or self._bucket_size.is_settled
+
     def wait(self) -> None:
         """Return when the weights, and what follows them, are complete on this rank's node. Not collective."""
         if self._gate is not None:
@@ -398,6 +393,7 @@ class ParameterManager:
         self.begin(self.assignment)
         # Where the weight is told last, nothing can be sent before.
         self._rows.open(0, is_last=num_samples is None)
+        self.world.activity.enter(activity.OWN_CODE, self.world.activity.iteration + 1)
         return float(table[:, fields.WEIGHT].sum())
 
     @contextlib.contextmanager
@@ -455,13 +451,26 @@ class ParameterManager:
         return self._sync.gradients.shards.is_replicated
 
     @property
+    def group_names(self) -> list[list[str]]:
+        """The names of each param group's parameters, in the order of torch's numbering."""
+        return [list(names) for _, names in self._groups]
+
+    @property
     def shard_optimizer(self) -> ShardOptimizer:
         """The optimizer of this rank's shard, with its state by name."""
         return self._update
 
+    def shard_weight_pieces(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """This rank's shard of the weights, as the optimizer has them: (where a piece begins in it, values).
+
+        Nothing is copied: weights have to be complete (`wait`), and the next update changes the values.
+        """
+        for each in self._sync.slices:
+            yield each.offset, self._sync.route.own_weights(each)
+
     def shard_weights(self) -> NDArray[np.float32]:
         """A copy of this rank's shard of the weights, float32, (shard size,), as the optimizer has them."""
-        return np.concatenate([np.empty(0, np.float32), *map(self._sync.route.own_weights, self._sync.slices)])
+        return np.concatenate([np.empty(0, np.float32), *(values for _, values in self.shard_weight_pieces())])
 
     def set_shard_weights(self, values: NDArray[np.float32]) -> None:
         """Replace this rank's shard of the weights, as `shard_weights` gave it, on all nodes. Collective."""
@@ -476,6 +485,14 @@ class ParameterManager:
     def travelling_buffers(self) -> list[str] | None:
         """The names of the buffers that are averaged over ranks; None before the first iteration has ended."""
         return self._buffers.settled_names
+
+    def buffer_values(self) -> dict[str, torch.Tensor]:
+        """The persistent buffers at the last iteration's end, by name; not copied, and never written into."""
+        return self._buffers.values()
+
+    def restore_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Take what `buffer_values` gave, before `set_shard_weights`. Not collective."""
+        self._buffers.restore(values)
 
     def settle_buffers(self, names: list[str]) -> None:
         """Average these buffers from now on, as the run did whose checkpoint is loaded. Collective."""
@@ -528,6 +545,20 @@ class ParameterManager:
             return
         self._release()
         del self._sync, self._rows, self._update, self._gate
+
+    def abandon(self) -> None:
+        """Let go of the model, after a rank was lost; its weights stay where they are. Not collective."""
+        if getattr(self, "_gate", None) is not None:  # construction may have come to anywhere
+            assert self._gate is not None
+            self._gate.forget()
+            self._gate.remove()
+        if hasattr(self, "_rows"):
+            self._rows.release()
+        self._sync.abandon()
+
+    def runs_of(self, rank: int) -> list[Piece]:
+        """A rank's shard, as `shard_runs` has this rank's."""
+        return self._sync.gradients.shards.runs(rank)
 
     def _release(self) -> None:
         """Give the model back what is its own. Collective."""

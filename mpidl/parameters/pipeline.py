@@ -31,9 +31,9 @@ If a rank stops, the others wait in step 2 or 5 until the launcher or the abort 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
@@ -43,7 +43,8 @@ from mpidl import kernels
 from mpidl.parameters import publication
 from mpidl.parameters.assignment import Assignment, row_plan
 from mpidl.parameters.counters import Counters
-from mpidl.parameters.driver import Awaited, Condition, Course, Driver, Flag, ThreadDriver
+from mpidl.parameters.driver import Awaited, Course, Driver, Flag, ThreadDriver
+from mpidl.parameters.errands import MAX_UNDER_WAY, Errand, two_stage
 from mpidl.parameters.exchange import Bucket, Exchange
 from mpidl.parameters.feedback import ErrorFeedback
 from mpidl.parameters.layout import Slice
@@ -51,20 +52,16 @@ from mpidl.parameters.reduction import Job, Lanes, Reduction, Steps
 from mpidl.parameters.scratch import Scratch
 from mpidl.parameters.team import Team
 from mpidl.parameters.wire import WIRES, Wire
-from mpidl.runtime import World
-
-MAX_UNDER_WAY = 4
-"""Buckets that are exchanged at the same time: enough to keep the wire busy, few enough to cost no memory."""
-
+from mpidl.runtime import Pending, World
+from mpidl.runtime.spans import READY
 
 CHANGES, SQUARES = -1, -2
 """What is exchanged beside the buckets, by numbers like theirs."""
 
+_REDUCING, _PUBLISHING = ("local sum", "reduce-scatter", "addition"), ("start", "allgather", "node barrier")
+
 Share = Callable[[World], Steps]
 """Brings something from its owners to all nodes, by a lane."""
-
-Errand = tuple[int, Callable[[], Steps]]
-"""A number, by which flags know it, and its exchange."""
 
 
 class Pipeline:
@@ -158,7 +155,15 @@ class Pipeline:
             errands.append((CHANGES, functools.partial(self._reduction, job_of_changes, whole, None)))
         errands.append((last.index, functools.partial(self._reduce_last, job, last)))
         self._ready, self._reduced = {index: Flag() for index, _ in errands}, Flag()
-        self._driver.add(*self._two_stage(errands, self._start_reduction, self._end_reduction, self._reduced))
+        self._driver.add(
+            *two_stage(
+                errands,
+                self._start_reduction,
+                self._end_reduction,
+                self._reduced,
+                functools.partial(self._trace, _REDUCING),
+            )
+        )
         return True
 
     def announce(self, index: int) -> None:
@@ -175,7 +180,8 @@ class Pipeline:
         self.begin(assignment)
         for flag in self._ready.values():
             self._driver.say(flag)
-        self._driver.wait(self._reduced)
+        with self.exchange.world.activity.waiting():
+            self._driver.wait(self._reduced)
         jobs, self._jobs = self._jobs, []
         return sum(job.local_sum_s for job in jobs)
 
@@ -197,7 +203,11 @@ class Pipeline:
     def _start_reduction(self, errand: Errand) -> Generator[Awaited, None, Steps]:
         index, exchange = errand
         yield self._ready[index]
+        activity, announced = self.exchange.world.activity, time.perf_counter()
+        activity.at_bucket(index)
         yield self._reducing.start.start_node_barrier()
+        if activity.spans.is_on:
+            activity.spans.add(READY, _name_of(index), announced, time.perf_counter())
         return exchange()
 
     def _end_reduction(self, errand: Errand, steps: Steps) -> Course:
@@ -227,7 +237,15 @@ class Pipeline:
             errands.append((SQUARES, functools.partial(self._share_squares, lane)))
         self._updated = {index: Flag() for index, _ in errands}
         self._published = {index: Flag() for index, _ in errands}
-        self._driver.add(*self._two_stage(errands, self._start_publishing, self._end_publishing, Flag()))
+        self._driver.add(
+            *two_stage(
+                errands,
+                self._start_publishing,
+                self._end_publishing,
+                Flag(),
+                functools.partial(self._trace, _PUBLISHING),
+            )
+        )
 
     def publish(self, bucket: Bucket) -> None:
         """Say that this rank's shard of a bucket's weights is updated."""
@@ -250,7 +268,13 @@ class Pipeline:
         for index in list(self._published) if indices is None else indices:
             flag = self._published.get(index)  # none where nothing was updated yet
             if flag is not None and not flag.is_over():
-                self._driver.wait(flag)
+                with self.exchange.world.activity.waiting():
+                    self._driver.wait(flag)
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for a collective of the main thread's, which others may not have begun while they wait for this one."""
+        with self.exchange.world.activity.waiting():
+            self._driver.complete(pending)
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:
         """Where the optimizer updates a slice of this rank's shard: in the node's copy, or in the masters."""
@@ -291,31 +315,14 @@ class Pipeline:
             lanes.start.free()
             lanes.end.free()
 
-    # --- both -------------------------------------------------------------------------------------------------
+    def _trace(self, stages: tuple[str, str, str], place: int, index: int, times: Sequence[float]) -> None:
+        """Record the stages of an errand; of MAX_UNDER_WAY in a row each has another track."""
+        spans = self.exchange.world.activity.spans
+        if not spans.is_on:
+            return
+        for stage, began, ended in zip(stages, times, times[1:], strict=False):
+            spans.add(f"buckets: {stages[1]} {place % MAX_UNDER_WAY + 1}", f"{_name_of(index)} {stage}", began, ended)
 
-    def _two_stage(
-        self,
-        errands: Sequence[Errand],
-        start: Callable[[Errand], Generator[Awaited, None, Steps]],
-        end: Callable[[Errand, Steps], Course],
-        done: Flag,
-    ) -> tuple[Course, Course]:
-        """Two courses: one starts errand after errand, the other ends them in the same order."""
-        under_way: collections.deque[tuple[Errand, Steps, Awaited]] = collections.deque()
 
-        def starting() -> Course:
-            for errand in errands:
-                yield Condition(lambda: len(under_way) < MAX_UNDER_WAY)
-                steps = yield from start(errand)
-                under_way.append((errand, steps, next(steps)))
-
-        def ending() -> Course:
-            for _ in errands:
-                yield Condition(lambda: bool(under_way))
-                errand, steps, awaited = under_way[0]
-                yield awaited
-                yield from end(errand, steps)
-                under_way.popleft()
-            done.raise_flag()
-
-        return starting(), ending()
+def _name_of(index: int) -> str:
+    return {CHANGES: "buffers", SQUARES: "squares"}.get(index, f"bucket {index}")

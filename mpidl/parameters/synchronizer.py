@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -28,24 +27,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import kernels
-from mpidl.errors import LayoutError, MpidlError, NonFiniteLossError, TooManyDroppedError
+from mpidl.errors import MpidlError, NonFiniteLossError
 from mpidl.parameters import counters as fields
 from mpidl.parameters import tree
 from mpidl.parameters.assignment import Assignment
 from mpidl.parameters.baselines import BASELINES, Baseline, shards_for
 from mpidl.parameters.buffers import ModelBuffers
 from mpidl.parameters.clipping import Clipping
-from mpidl.parameters.counters import Counters
+from mpidl.parameters.counters import Counters, check_dropped, check_table
 from mpidl.parameters.direct import Direct
 from mpidl.parameters.exchange import Bucket, Exchange, Float32Array
-from mpidl.parameters.layout import FlatLayout, Shards, blocks_of
+from mpidl.parameters.layout import FlatLayout, Shards
 from mpidl.parameters.pipeline import CHANGES, SQUARES, Pipeline
-from mpidl.parameters.reduction import REDUCTIONS, Steps
+from mpidl.parameters.reduction import REDUCTIONS
+from mpidl.parameters.squares import Squares
 from mpidl.parameters.team import Helpers, Team
 from mpidl.parameters.timing import PhaseTimes
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.parameters.wire import Wire
-from mpidl.runtime import World, on_all_ranks, share
+from mpidl.runtime import World, activity, on_all_ranks
 
 STRATEGIES = (*REDUCTIONS, *BASELINES)
 """The parameter manager's two reductions, and what it is measured against."""
@@ -96,18 +96,16 @@ class Synchronizer:
         """Rows of gradients in, weights out."""
         changes = Exchange(world, buffers.layout.size, slots)
         self.counters = Counters(world, assignment.num_partitions)
-        num_blocks = -(-layout.size // kernels.BLOCK_SIZE)
-        self.squares = share(world, 8 * num_blocks if world.local_rank == 0 else 0)[0].view(np.float64)
-        """Sums of squares of the mean gradient, block by block, float64; the node's one copy."""
+        self._squares = Squares(world, self.gradients.shards, layout.size)
         self.slices = self.gradients.shards.slices(world.rank, SLICE_SIZE * world.threads_per_rank)
         """This rank's shard, in the pieces that are updated at a time."""
-        self.times = PhaseTimes()
+        self.times = PhaseTimes(world.activity.spans)
         self._buffers = buffers
         self._clipping = clipping
         self._by_slices = by_slices
         self._helpers = Helpers(world.threads_per_rank - 1)
         self._team = Team(self._helpers)
-        share_squares = self._steps_of_squares if clipping.norm is None else None  # else they are before the update
+        share_squares = self._squares.share if clipping.norm is None else None  # else they are before the update
         self.route: Direct | Pipeline | Baseline
         if reduction in BASELINES:
             self.route = Baseline(self.gradients, changes, self.counters, reduction, share_squares)
@@ -179,7 +177,9 @@ class Synchronizer:
             NonFiniteLossError, LayoutError, TooManyDroppedError: on every rank, before anything was updated.
         """
         self.times.start()
+        self.world.activity.enter(activity.REDUCE_SCATTER)
         table = self._collect(assignment, most_dropped)
+        self.world.activity.enter(activity.UPDATE)
         self.route.wait()  # what is left of the last iteration; nobody computes with it any more
         self.times.lap("allgather")
         weight = float(table[:, fields.WEIGHT].sum())
@@ -190,24 +190,26 @@ class Synchronizer:
                 self._update_in_cache(update, assignment, weight)
             else:
                 self._update(update, assignment, weight)
-        self.world.node_barrier()
+        self.route.complete(self.world.start_node_barrier())
         if not weight > 0:
             self._buffers.reset()
             self.route.forget()
         elif self._buffers.advance(self.changes.result):
             self.lay_out_changes()
         self.times.lap("allgather")
+        self.world.activity.end_iteration()
         return table
 
     def norm(self) -> float:
         """The L2 norm of the last iteration's mean gradient over all parameters."""
         self.route.wait([SQUARES])
-        return math.sqrt(float(self.squares.sum()))
+        return self._squares.norm()
 
     def wait(self, indices: Iterable[int]) -> None:
         """Return when the weights of these buckets are complete on this node. Not collective."""
         self.times.start()
-        self.route.wait(indices)
+        with self.world.activity.within(activity.ALLGATHER):
+            self.route.wait(indices)
         self.times.lap("allgather")
 
     def publish_all(self) -> None:
@@ -226,8 +228,8 @@ class Synchronizer:
             local_sum_s += self.route.collect(assignment)
         self.times.lap("wait" if isinstance(self.route, Direct) else "reduce_scatter", of_it_local_sum=local_sum_s)
         with self._nothing_updated():
-            _check_table(table)
-            _check_dropped(table, most_dropped)
+            check_table(table)
+            check_dropped(table, most_dropped)
         return table
 
     @contextlib.contextmanager
@@ -275,10 +277,10 @@ class Synchronizer:
         world = self.world
         world.node_barrier()
         if world.num_nodes > 1 and not self.gradients.shards.is_replicated:
-            for pending in self._steps_of_squares(world):
+            for pending in self._squares.share(world):
                 pending.wait()
         world.node_barrier()
-        norm = math.sqrt(float(self.squares.sum()))
+        norm = self._squares.norm()
         with self._nothing_updated():
             if not math.isfinite(norm):
                 raise on_all_ranks(NonFiniteLossError(f"the norm of the gradient is {norm}"))
@@ -320,34 +322,19 @@ class Synchronizer:
 
     def _mean(self, index: int, weight: float) -> None:
         each = self.slices[index]
-        blocks = blocks_of((each.start, each.stop), kernels.BLOCK_SIZE)
-        squares = self.squares[blocks.start : blocks.stop]
+        squares = self._squares.of(each)
         self.times.lap("update")
         self.route.mean(each, weight, squares)
         self._clipping.clip_values(self.route.own_gradient(each), squares)
         self.times.lap("local_sum")
 
-    def _steps_of_squares(self, lane: World) -> Steps:
-        """Bring the squares of all shards to all nodes; this node's are complete. Collective."""
-        world = self.world
-        own = self.squares[self._blocks[world.rank]]
-        gathered, pending = lane.start_allgather_varying(own, [blocks.size for blocks in self._blocks])
-        yield pending
-        if world.local_rank == 0:
-            self.squares[np.concatenate(self._blocks)] = gathered
-
-    @functools.cached_property
-    def _blocks(self) -> list[NDArray[np.int64]]:
-        """The blocks of each rank's shard."""
-        runs = self.gradients.shards.runs
-        return [
-            np.array([block for run in runs(rank) for block in blocks_of(run, kernels.BLOCK_SIZE)], dtype=np.int64)
-            for rank in range(self.world.size)
-        ]
-
     def close(self) -> None:
         """End what goes on in the background. Collective."""
         self.route.close()
+        self._helpers.close()
+
+    def abandon(self) -> None:
+        """End what this rank does in the background; messages were given up. Not collective."""
         self._helpers.close()
 
 
@@ -360,26 +347,3 @@ def _shards(world: World, size: int, reduction: str) -> Shards:
     if reduction in BASELINES:
         return shards_for(reduction, size, world.size)
     return Shards.of(size, world.size, kernels.BLOCK_SIZE, num_cells=1 if world.num_nodes == 1 else None)
-
-
-def _check_dropped(table: NDArray[np.float64], most: int | None) -> None:
-    dropped = int(np.count_nonzero(table[:, fields.FLAGS].astype(int) & fields.DROPPED))
-    if most is not None and dropped > most:
-        raise TooManyDroppedError(f"{dropped} of {len(table)} partitions were dropped; at most {most} may be")
-
-
-def _check_table(table: NDArray[np.float64]) -> None:
-    bad = np.flatnonzero(~np.isfinite(table[:, fields.LOSS_SUM]))
-    if bad.size:
-        raise on_all_ranks(NonFiniteLossError(f"the loss of partition {bad[0]} is {table[bad[0], fields.LOSS_SUM]}"))
-    odd = np.flatnonzero(~(np.isfinite(table[:, fields.WEIGHT]) & (table[:, fields.WEIGHT] >= 0)))
-    if odd.size:
-        raise on_all_ranks(NonFiniteLossError(f"the weight of partition {odd[0]} is {table[odd[0], fields.WEIGHT]}"))
-    flags = table[:, fields.FLAGS].astype(int) & fields.EQUAL_WEIGHTS
-    if flags.min() != flags.max():
-        raise on_all_ranks(
-            LayoutError(
-                f"rank {int(flags.argmax())} called step() without num_samples, rank {int(flags.argmin())} with it; "
-                "all ranks must do alike"
-            )
-        )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 
+from mpidl.runtime.spans import MAIN, Spans
+
 PHASES = ("wait", "local_sum", "reduce_scatter", "update", "allgather")
 
 
 class PhaseTimes:
-    """Seconds by phase. A lap ends a phase: the time since the last lap, or since `start`, is added to it."""
+    """Seconds by phase. A lap ends a phase: the time since the last lap, or since `start`, is added to it.
 
-    def __init__(self) -> None:
+    Args:
+        spans: get each lap, where a trace is taken.
+    """
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._last = time.perf_counter()
 
@@ -23,6 +30,8 @@ class PhaseTimes:
         now = time.perf_counter()
         self.seconds[phase] += now - self._last - of_it_local_sum
         self.seconds["local_sum"] += of_it_local_sum
+        if self._spans.is_on:
+            self._spans.add(MAIN, phase, self._last, now)
         self._last = now
 
     def take(self) -> dict[str, float]:

@@ -22,17 +22,6 @@ def middle(start: int, stop: int) -> int:
     return start + (1 << ((length - 1).bit_length() - 1))
 
 
-def is_node(num_partitions: int, start: int, stop: int) -> bool:
-    """Whether (start, stop) is a node of the tree over [0, num_partitions)."""
-    low, high = 0, num_partitions
-    while (low, high) != (start, stop):
-        if high - low <= 1 or start < low or stop > high:
-            return False
-        split = middle(low, high)
-        low, high = (low, split) if stop <= split else (split, high)
-    return stop > start
-
-
 @functools.lru_cache(maxsize=4096)
 def cover(num_partitions: int, start: int, stop: int) -> tuple[Range, ...]:
     """The maximal tree nodes inside [start, stop), left to right; none for an empty range."""

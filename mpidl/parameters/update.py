@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,12 +131,17 @@ class ShardOptimizer:
     def arrays(self) -> dict[str, Float32Array]:
         """The element-wise state over the whole shard: name -> float32, (shard size,); zeros where there is none."""
         arrays: dict[str, Float32Array] = {}
+        for key, start, values in self.state_pieces():
+            whole = arrays.setdefault(key, np.zeros(self.shard_size, np.float32))
+            whole[start : start + values.size] = values
+        return arrays
+
+    def state_pieces(self) -> Iterator[tuple[str, int, Float32Array]]:
+        """The element-wise state piece by piece: (name, where it begins in the shard, values), nothing copied."""
         for part in itertools.chain(*self._parts):
             for key, value in self.optimizer.state.get(part.tensor, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() == 1:
-                    whole = arrays.setdefault(key, np.zeros(self.shard_size, np.float32))
-                    whole[part.own] = value.detach().numpy()
-        return arrays
+                    yield key, part.own.start, value.detach().numpy()
 
     def scalars(self) -> list[dict[str, Any]]:
         """Per group: which element-wise state exists and the scalar state, as plain JSON values.
@@ -160,13 +165,13 @@ class ShardOptimizer:
         }
 
     def load(self, arrays: Mapping[str, Float32Array], scalars: Sequence[Mapping[str, Any]]) -> None:
-        """Take the state that `arrays` and `scalars` gave, cut to this shard."""
+        """Take the state that `arrays` and `scalars` gave, cut to this shard. The arrays become the optimizer's own."""
         for parts, entry in zip(self._parts, scalars, strict=True):
             for part in parts:
                 self.optimizer.state.pop(part.tensor, None)
                 if not entry:
                     continue
-                state: dict[str, Any] = {key: torch.from_numpy(arrays[key][part.own].copy()) for key in entry["arrays"]}
+                state: dict[str, Any] = {key: torch.from_numpy(arrays[key][part.own]) for key in entry["arrays"]}
                 for key, value in entry["scalars"].items():
                     state[key] = torch.tensor(value, dtype=torch.float32) if key in entry["tensor_scalars"] else value
                 self.optimizer.state[part.tensor] = state
