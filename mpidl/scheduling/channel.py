@@ -10,12 +10,15 @@ plan k alone: none starts the broadcast while the group runs, all start and comp
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from mpidl.runtime import Pending, World
+from mpidl.runtime.spans import PLANS
 from mpidl.scheduling.coordinator import Coordinator
 from mpidl.scheduling.plan import GroupPlan, to_buffer
-from mpidl.scheduling.recording import Replay
+from mpidl.scheduling.replay import Replay
 
 
 class PlanChannel:
@@ -32,11 +35,13 @@ class PlanChannel:
         self._coordinator = coordinator
         self._buffer = np.zeros(capacity, np.uint8)
         self._pending: Pending | None = None
+        self._started = 0.0
 
     def start(self) -> None:
         """Build the next plan on rank 0 and start its broadcast."""
         if self._coordinator is not None:
             to_buffer(self._coordinator.next_plan(), self._buffer)
+        self._started = time.perf_counter()
         self._pending = self._world.start_broadcast(self._buffer)
 
     def receive(self) -> GroupPlan:
@@ -49,3 +54,6 @@ class PlanChannel:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+            spans = self._world.activity.spans
+            if spans.is_on:
+                spans.add(PLANS, "plan", self._started, time.perf_counter())

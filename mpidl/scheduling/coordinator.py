@@ -16,11 +16,11 @@ from mpidl.parameters import Assignment
 from mpidl.parameters.counters import STARTED
 from mpidl.scheduling.balance import Balancer, Move
 from mpidl.scheduling.dropping import DropBudget
+from mpidl.scheduling.due import Triggers
 from mpidl.scheduling.group_size import GroupSize
 from mpidl.scheduling.learning_rates import LearningRates
 from mpidl.scheduling.partitions import batch_span
 from mpidl.scheduling.plan import Action, GroupPlan
-from mpidl.scheduling.triggers import Triggers
 
 
 class Coordinator:
@@ -107,6 +107,11 @@ class Coordinator:
         """Learn from an iteration: float64, (partitions, 6), `counters.FIELDS` of every partition."""
         if self._drop_budget is not None and self._drop_budget.value == 0:
             self._drop_budget.observe(table[:, STARTED])
+
+    @property
+    def balances(self) -> bool:
+        """Whether partitions may move."""
+        return self._balancer is not None
 
     def balance(self, plan: GroupPlan, paces: NDArray[np.float64], seconds: Mapping[str, float]) -> Move | None:
         """Learn how fast the ranks were in a group, and decide who computes what from the plan on that is made next.

@@ -6,7 +6,8 @@ all ranks and added in chunk order, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,39 +52,46 @@ def evaluate(
     Returns:
         "loss", every metric by its name, each a mean over samples (the loss over its weights), and "samples".
     """
+    spans = [(start, min(len(source), start + batch_size)) for start in range(0, len(source), batch_size)]
+    chunks = Assignment.even(len(spans), world.size)
+    own = range(*chunks.range_of(world.rank))
+    sums = np.zeros((len(own), 3 + len(metrics)))
+    with _evaluating(model):
+        for chunk in own[:CHUNKS_AHEAD]:
+            loader.request(0, *spans[chunk])
+        for chunk, row in zip(own, sums, strict=True):
+            if chunk + CHUNKS_AHEAD in own:
+                loader.request(0, *spans[chunk + CHUNKS_AHEAD])
+            world.activity.beat()
+            inputs, targets = split_batch(loader.next())
+            seed_everything(partition_seed(seed, 0, chunk))
+            outputs = call_model(model, inputs)
+            samples = spans[chunk][1] - spans[chunk][0]
+            total, weight = loss_sum(loss_fn, outputs, targets, samples)
+            row[:] = [float(total), weight, samples, *(float(each(outputs, targets)) for each in metrics.values())]
+    width = sums.shape[1]
+    counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
+    gathered = world.for_purpose("validation").allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
+    return _means(gathered.sum(axis=0).tolist(), metrics)
 
-    def _span(chunk: int) -> tuple[int, int]:
-        return chunk * batch_size, min(len(source), (chunk + 1) * batch_size)
 
-    num_chunks = -(-len(source) // batch_size)
-    chunks = Assignment.even(num_chunks, world.size)
-    first, last = chunks.range_of(world.rank)
-    sums = np.zeros((last - first, 3 + len(metrics)))
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients, for the time being."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            for chunk in range(first, min(first + CHUNKS_AHEAD, last)):
-                loader.request(0, *_span(chunk))
-            for chunk in range(first, last):
-                if chunk + CHUNKS_AHEAD < last:
-                    loader.request(0, *_span(chunk + CHUNKS_AHEAD))
-                start, stop = _span(chunk)
-                samples = stop - start
-                inputs, targets = split_batch(loader.next())
-                seed_everything(partition_seed(seed, 0, chunk))
-                outputs = call_model(model, inputs)
-                total, weight = loss_sum(loss_fn, outputs, targets, samples)
-                values = [float(metric(outputs, targets)) for metric in metrics.values()]
-                sums[chunk - first] = [float(total), weight, samples, *values]
+            yield
     finally:
         for module, training in modes:  # a part may have been in evaluation mode before
             module.training = training
-    width = sums.shape[1]
-    counts = [width * (chunks.starts[r + 1] - chunks.starts[r]) for r in range(world.size)]
-    gathered = world.for_purpose("validation").allgather_varying(sums.reshape(-1), counts).reshape(-1, width)
-    loss_total, weight_total, num_samples, *totals = (float(value) for value in gathered.sum(axis=0))
-    if weight_total == 0:
+
+
+def _means(sums: Sequence[float], names: Iterable[str]) -> dict[str, float]:
+    """The result, of the sums over all chunks: loss, weight, samples, then a metric each."""
+    loss, weight, samples, *metrics = sums
+    if weight == 0:
         raise UserError("the data set's weights add up to zero; there is no mean loss")
-    means = {name: value / num_samples for name, value in zip(metrics, totals, strict=True)}
-    return {"loss": loss_total / weight_total, **means, "samples": num_samples}
+    means = {name: value / samples for name, value in zip(names, metrics, strict=True)}
+    return {"loss": loss / weight, **means, "samples": samples}

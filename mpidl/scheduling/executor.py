@@ -20,7 +20,8 @@ from mpidl.data import Batch, Loader, partition_seed, seed_everything
 from mpidl.errors import DataError, NonFiniteLossError, TooManyDroppedError
 from mpidl.parameters import PHASES, Assignment, ParameterManager
 from mpidl.parameters.counters import DROPPED, FLAGS, WEIGHT
-from mpidl.runtime import on_all_ranks
+from mpidl.runtime import activity, on_all_ranks
+from mpidl.runtime.spans import MAIN
 from mpidl.scheduling.dropping import most_dropped
 from mpidl.scheduling.forward import LossFunction, call_model, loss_sum, split_batch
 from mpidl.scheduling.pace import Pace
@@ -67,6 +68,7 @@ class Executor:
         self._loader = loader
         self._batch_size = batch_size
         self._seed = seed
+        self._activity = manager.world.activity
         self._stop_flags = stop_flags
         self._began = time.perf_counter()
         self._unchecked: int | None = None
@@ -85,6 +87,15 @@ class Executor:
         self._iteration_began = self._began
         self._ready = manager.assignment
         """The last assignment that there was room for."""
+
+    @property
+    def began(self) -> float:
+        """When its clock was zero."""
+        return self._began
+
+    def go_on_from(self, began: float, drops: NDArray[np.float64]) -> None:
+        """Let the clock and the counts go on of one that a loss has ended."""
+        self._began, self.drops = began, drops
 
     @property
     def may_drop(self) -> bool:
@@ -126,6 +137,10 @@ class Executor:
             NonFiniteLossError: on every rank at the same iteration: a loss (the weights are those before it) or the
                 gradient, of this iteration or of the one before (they are not), is not finite.
         """
+        with self._activity.spans.within(MAIN, f"iteration {plan.first_iteration + index + 1}"):
+            return self._iterate(plan, index)
+
+    def _iterate(self, plan: GroupPlan, index: int) -> NDArray[np.float64]:
         iteration = plan.first_iteration + index
         is_last = index == plan.num_iterations - 1  # what is due after the group reads the weights
         try:
@@ -222,8 +237,10 @@ class Executor:
         iteration = plan.first_iteration + index
         start, stop = partition_span(plan.spans[index], assignment.num_partitions, partition)
         begin, waited_s = time.perf_counter(), self._manager.waited_s
+        self._activity.enter(activity.DATA, iteration + 1)
         inputs, targets = split_batch(self._take_batch(keeps=plan.budget_s > 0))
         loaded = time.perf_counter()
+        self._activity.enter(activity.COMPUTE)
         self._manager.begin_partition(assignment, partition)
         seed_everything(partition_seed(self._seed, iteration, partition))
         outputs = call_model(self._model, inputs)
@@ -233,6 +250,7 @@ class Executor:
             raise DataError(
                 f"the loss of iteration {iteration + 1}, partition {partition}, does not take the targets: {error}"
             ) from error
+        turned = time.perf_counter()
         total.backward()
         self._manager.end_partition(
             assignment, partition, float(total.detach()), weight, stop - start, self._stop_flags(), self._now(),
@@ -244,6 +262,10 @@ class Executor:
         self._has_data = True
         self._seconds["compute"] += done - loaded - waited_s
         self._pace.add(done - begin - waited_s, stop - start)
+        if self._activity.spans.is_on:
+            times = (begin, loaded, turned, done)
+            for name, began, ended in zip(("data", "forward", "backward"), times, times[1:], strict=False):
+                self._activity.spans.add(MAIN, name, began, ended)
 
     def take_pace(self) -> NDArray[np.float64]:
         """How fast this rank computed since the last call: PACE_FIELDS."""

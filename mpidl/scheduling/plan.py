@@ -115,6 +115,8 @@ class GroupPlan:
             raise PlanError(f"a plan of {iterations} iterations and {ranks} ranks cannot have {length} bytes")
         offset = _COUNTS.size
         starts = np.frombuffer(body, "<u4", ranks + 1, offset)
+        if starts[0] != 0 or starts[-1] != partitions or (starts[1:] < starts[:-1]).any():
+            raise PlanError(f"a plan's ranges do not cover {partitions} partitions in the order of the ranks")
         spans = np.frombuffer(body, "<u8", 2 * iterations, offset + sizes[0]).reshape(-1, 2)
         rates = np.frombuffer(body, "<f8", iterations * groups, offset + sizes[0] + sizes[1])
         return cls(
@@ -140,6 +142,12 @@ def capacity(max_group_size: int, world_size: int, num_groups: int) -> int:
 
 
 def to_buffer(plan: GroupPlan, buffer: NDArray[np.uint8]) -> None:
-    """Write a plan into the front of a buffer of `capacity` bytes."""
+    """Write a plan into the front of a buffer of `capacity` bytes.
+
+    Raises:
+        PlanError: there is no room: it is of another run.
+    """
     message = np.frombuffer(plan.encode(), np.uint8)
+    if message.size > buffer.size:
+        raise PlanError(f"a plan of {message.size} bytes is too long for this run, whose longest has {buffer.size}")
     buffer[: message.size] = message

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpidl.parameters import Assignment
 from mpidl.parameters.counters import FIRST_FREE
-from mpidl.runtime import signals
+from mpidl.runtime import Slurm, signals, warn
 
 STOP_FILE = "STOP"
 """The name, in the run directory, of the file that stops the training."""
@@ -43,7 +43,8 @@ class StopRequests:
         stop_file: looked for about once a second; None: by no-one here (rank 0 looks for it).
         end_time: when the job is ended (time.time); None: unknown. Asked for a margin before it, in which a checkpoint
             can be written: a tenth of the time left when this is made, at most a minute, and twice what the last
-            checkpoint took.
+            checkpoint took, and the longest time so far from one iteration to the next, since there is no stopping
+            within one.
         clock: seconds since the epoch, as time.time.
     """
 
@@ -57,6 +58,7 @@ class StopRequests:
         self._has_file = False
         self._margin = 0.0 if end_time is None else min(_LONGEST_MARGIN_S, _MARGIN_SHARE * (end_time - clock()))
         self._checkpoint_s = 0.0
+        self._iteration_s = 0.0
 
     def flags(self) -> int:
         """The reasons there are by now, as `StopReason`s."""
@@ -67,9 +69,14 @@ class StopRequests:
             self._looked_at, self._has_file = now, self._stop_file.exists()
         if self._has_file:
             found |= StopReason.FILE
-        if self._end_time is not None and now >= self._end_time - self._margin - 2 * self._checkpoint_s:
-            found |= StopReason.TIME
+        if self._end_time is not None:
+            needed = self._margin + 2 * self._checkpoint_s + self._iteration_s
+            found |= StopReason.TIME if now + needed >= self._end_time else 0
         return found
+
+    def took_iteration(self, seconds: float) -> None:
+        """Learn how long an iteration takes, with what was due after it."""
+        self._iteration_s = max(seconds, self._iteration_s)
 
     def took_checkpoint(self, seconds: float) -> None:
         """Learn how long a checkpoint takes."""
@@ -78,7 +85,15 @@ class StopRequests:
     def obeyed(self) -> None:
         """Take the file away: a resumed training is to go on."""
         if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+            take_away(self._stop_file)
+
+
+def take_away(path: pathlib.Path) -> None:
+    """Remove a file that says something by being there; one that cannot be removed is told, and ends nothing."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # a folder of that name, for one
+        warn(f"{path} cannot be removed ({error.strerror}); do so before you resume this run")
 
 
 def describe_stop(flags: NDArray[np.int64], assignment: Assignment) -> str | None:
@@ -103,8 +118,10 @@ def describe_stop(flags: NDArray[np.int64], assignment: Assignment) -> str | Non
 
 
 def end_time_of_job(max_seconds: float | None, environment: Mapping[str, str] = os.environ) -> float | None:
-    """When the job ends (time.time): by Slurm's word or `max_seconds` from now, whichever comes first."""
-    told = environment.get("SLURM_JOB_END_TIME", "")
-    found = [float(told)] if told.isdigit() else []
-    found += [] if max_seconds is None else [time.time() + max_seconds]
-    return min(found, default=None)
+    """When the job ends (time.time): by Slurm's word or `max_seconds` from now, whichever comes first.
+
+    May ask Slurm, so one rank calls it.
+    """
+    slurm = Slurm.from_environment(environment)
+    ends = [None if slurm is None else slurm.end_time(), None if max_seconds is None else time.time() + max_seconds]
+    return min((end for end in ends if end is not None), default=None)
