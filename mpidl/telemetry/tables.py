@@ -54,18 +54,28 @@ def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
     return "  ".join(f"{name} {measure(name, fields[name])}" for name in names if name in fields)
 
 
-def phases(seconds: Mapping[str, float]) -> str:
-    """`compute 81 %, waiting for data 0.4 %, ...`: the shares of the iterations' time.
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Percent of the iterations' time by phase, largest first, with "other"; of those that are 0 only waiting for data.
 
     Args:
         seconds: by phase; "load" is waiting for data, "total" all of it.
     """
-    total = seconds["total"]
     named = {("waiting for data" if name == "load" else name.replace("_", " ")): s for name, s in seconds.items()}
-    others = total - sum(s for name, s in seconds.items() if name != "total")
-    shares = sorted(({**named, "other": others}).items(), key=lambda item: -item[1])
-    told = [(name, 100 * s / total) for name, s in shares if name != "total" and (s > 0 or name == "waiting for data")]
-    return ", ".join(f"{name} {share:.0f} %" if share >= 10 else f"{name} {share:.2g} %" for name, share in told)
+    # Phases are means over ranks, the total is one rank's: its clock may have started a little later.
+    total = max(named.pop("total"), sum(named.values()))
+    named["other"] = total - sum(named.values())
+    found = sorted(named.items(), key=lambda item: -item[1])
+    return {name: 100 * s / total for name, s in found if s > 1e-6 * total or name == "waiting for data"}
+
+
+def percent(share: float) -> str:
+    """`81 %`; below ten with two significant digits."""
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
+
+
+def phases(seconds: Mapping[str, float]) -> str:
+    """`compute 81 %, waiting for data 0.4 %, ...`: the shares of the iterations' time, as `shares` has them."""
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares(seconds).items())
 
 
 def of_start(fields: Fields) -> list[tuple[str, str]]:
@@ -80,20 +90,26 @@ def of_start(fields: Fields) -> list[tuple[str, str]]:
     first = fields.get("first_iteration", 0)
     group = "chosen while running" if fields["group_size"] == "auto" else f"{fields['group_size']} iterations"
     rows = [
-        ("ranks", f"{_number(fields['ranks'], 'rank')} on {_hosts(fields)}, "
-                  f"{_number(fields['threads_per_rank'], 'thread')} each"),
+        ("ranks", f"{number(fields['ranks'], 'rank')} on {_hosts(fields)}, "
+                  f"{number(fields['threads_per_rank'], 'thread')} each"),
         ("partitions", f"{fields['partitions']}: {_owners(fields['partition_ranges'])}"),
-        ("batch", f"{_number(fields['batch_size'], 'sample')} an iteration; group size {group}"),
+        ("batch", f"{number(fields['batch_size'], 'sample')} an iteration; group size {group}"),
         ("model", f"{count(fields['parameters'])} parameters; largest shard {count(fields['shard_size'])}"),
         ("memory a rank", f"{size(sum(memory.values()))}: {parts}"),
         ("data", f"{count(fields['train_samples'])} training samples, "
                  f"{count(fields['validation_samples'] or 0)} validation samples"),
-        ("epochs", f"{fields['epochs']} of {_number(per_epoch, 'iteration')}, {count(total)} in all"),
+        ("epochs", f"{fields['epochs']} of {number(per_epoch, 'iteration')}, {count(total)} in all"),
         ("sums", f"{fields['reduction']}; bits are {_BITS.get(fields['bits'], fields['bits'])}"),
         ("seed", str(fields["seed"])),
         ("software", _software(fields)),
         ("run directory", str(fields["run_dir"] or "none: nothing is kept")),
     ]  # fmt: skip
+    if fields.get("recovery"):
+        rows.append(("lost ranks", "the others go on, from the start of the group (recovery)"))
+    if fields.get("slurm"):
+        rows.append(("Slurm", str(fields["slurm"])))
+    if fields.get("seconds_left") is not None:
+        rows.append(("time left", f"{duration(fields['seconds_left'])}; stops before that, with a checkpoint"))
     if first:
         rows.append(("resumed", f"after iteration {count(first)} of {count(total)}"))
     return rows
@@ -109,12 +125,14 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     if fields.get("message"):
         rows.append(("message", str(fields["message"])))
     rows.append(("time", duration(fields["seconds"])))
-    rows.append(("done", f"{_number(fields['epochs'], 'epoch')}, {_number(fields['iterations'], 'iteration')}"))
+    rows.append(("done", f"{number(fields['epochs'], 'epoch')}, {number(fields['iterations'], 'iteration')}"))
     if fields.get("samples_per_s"):
         rows.append(("throughput", f"{count(fields['samples_per_s'])} samples/s"))
+    if fields.get("lost"):
+        rows.append(("lost ranks", lost_ranks(fields["lost"])))
     if "dropped_partitions" in fields:
-        repeated = _number(fields["repeated_iterations"], "iteration")
-        rows.append(("dropped", f"{_number(fields['dropped_partitions'], 'partition')}; {repeated} repeated"))
+        repeated = number(fields["repeated_iterations"], "iteration")
+        rows.append(("dropped", f"{number(fields['dropped_partitions'], 'partition')}; {repeated} repeated"))
     if fields.get("phases", {}).get("total"):
         rows.append(("iterations' time", phases(fields["phases"])))
     if fields.get("groups"):
@@ -130,6 +148,20 @@ def of_end(fields: Fields) -> list[tuple[str, str]]:
     if fields.get("run_dir"):
         rows.append(("run directory", str(fields["run_dir"])))
     return rows
+
+
+def span(first: int, last: int) -> str:
+    """`3 to 5`, `3` or `none`: numbers from the first to the last."""
+    return "none" if last < first else f"{first:,}" if last == first else f"{first:,} to {last:,}"
+
+
+def lost_ranks(lost: Sequence[Fields]) -> str:
+    """`rank 2 (node07), on from iteration 86; ...`: of many those that were lost last."""
+    more = [f"{len(lost) - _RANKS_SHOWN} before"] if len(lost) > _RANKS_SHOWN else []
+    for iteration, together in itertools.groupby(lost[-_RANKS_SHOWN:], key=lambda each: each["iteration"]):
+        names = " and ".join(f"rank {each['rank']} ({each['host']})" for each in together)
+        more.append(f"{names}, on from iteration {count(iteration + 1)}")
+    return "; ".join(more)
 
 
 GROUP_HEADERS = ("group", "epoch", "iterations", "samples", "rate", "partitions", "then")
@@ -157,7 +189,7 @@ def of_group(number: int, fields: Fields) -> tuple[str, ...]:
     return (
         str(number),
         str(fields["epoch"] + 1),
-        f"{first + 1} to {last}" + ("" if last == planned else f" of {planned}"),
+        span(first + 1, last) + ("" if last == planned else f" of {planned}"),
         count(sum(stop - start for start, stop in spans)),
         f"{rates[0]:.4g}" + ("" if rates[-1] == rates[0] else f" to {rates[-1]:.4g}"),
         " ".join(map(str, counts)) if len(counts) <= _COUNTS_SHOWN else f"{min(counts)} to {max(counts)}",
@@ -176,14 +208,15 @@ def table(title: str, rows: Sequence[tuple[str, ...]], headers: Sequence[str] = 
     return made
 
 
-def _number(number: int, noun: str) -> str:
-    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+def number(value: int, noun: str) -> str:
+    """`1 rank`, `4 ranks`."""
+    return f"{count(value)} {noun}" + ("" if value == 1 else "s")
 
 
 def _hosts(fields: Fields) -> str:
     hosts = list(dict.fromkeys(fields["hosts"]))
     names = ", ".join(hosts[:_RANKS_SHOWN]) + (", ..." if len(hosts) > _RANKS_SHOWN else "")
-    return f"{_number(fields['nodes'], 'node')} ({names})"
+    return f"{number(fields['nodes'], 'node')} ({names})"
 
 
 def _owners(ranges: Sequence[Sequence[int]]) -> str:
@@ -201,7 +234,7 @@ def _coordination(fields: Fields) -> str:
     """`0.42 % of the time; 21 groups of 1 to 23 iterations`."""
     smallest, largest = fields["group_sizes"]
     sizes = str(largest) if smallest == largest else f"{smallest} to {largest}"
-    groups = f"{_number(fields['groups'], 'group')} of {sizes} iteration{'' if largest == 1 else 's'}"
+    groups = f"{number(fields['groups'], 'group')} of {sizes} iteration{'' if largest == 1 else 's'}"
     return f"{100 * fields['coordination_share']:.2g} % of the time; {groups}"
 
 
