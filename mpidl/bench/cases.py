@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from mpidl import models
 from mpidl.config import near
+from mpidl.data import Loader, as_source
 from mpidl.errors import ConfigError
 from mpidl.parameters import OptimizerFactory
 
 SEED = 20
 _TENSOR_SIZE = 1_000_000
+_BATCHES = 4
+"""So many different ones, in another order every time."""
+_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +97,66 @@ def build_model(name: str) -> nn.Module:
     """A model with the same weights on every rank, at every call.
 
     Raises:
-        ConfigError: unknown model, or one that does not tell the shape of its images.
+        ConfigError: unknown model, or one that does not tell what it takes.
     """
     torch.manual_seed(SEED)
     model = models.build(name)
-    missing = [attribute for attribute in ("image_shape", "num_classes") if not hasattr(model, attribute)]
-    if missing:
+    if not hasattr(model, "num_classes") or not (hasattr(model, "image_shape") or hasattr(model, "context")):
         raise ConfigError(
-            f"model {name} has no attribute {missing[0]}; a batch of random images needs image_shape (channels, "
-            "height, width) and num_classes"
+            f"model {name} does not tell what it takes; a batch of random samples needs its attributes num_classes and "
+            "image_shape (channels, height, width), or context (how many tokens it looks at)"
         )
     return model
 
 
-def batch_for(model: nn.Module, size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Random images and classes of one rank: float32, (size, channels, height, width), and int64, (size,)."""
+def samples_for(model: nn.Module, number: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Random samples of one rank: images and classes, or texts and the tokens after them.
+
+    Returns:
+        float32, (number, channels, height, width), and int64, (number,); or int64, (number, context), twice.
+    """
     generator = torch.Generator().manual_seed(SEED + 1 + rank)
-    shape: tuple[int, ...] = model.image_shape  # type: ignore[assignment]
     num_classes: int = model.num_classes  # type: ignore[assignment]
-    images = torch.randn(size, *shape, generator=generator)
-    return images, torch.randint(num_classes, (size,), generator=generator)
+    if not hasattr(model, "image_shape"):
+        context: int = model.context  # type: ignore[assignment]
+        tokens = torch.randint(num_classes, (number, context + 1), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    shape: tuple[int, ...] = model.image_shape  # type: ignore[assignment]
+    images = torch.randn(number, *shape, generator=generator)
+    return images, torch.randint(num_classes, (number,), generator=generator)
+
+
+class Batches:
+    """A rank's batches of random samples, one after the other, read ahead as in a training.
+
+    Args:
+        model: who takes them.
+        size: of each.
+        rank: whose.
+    """
+
+    def __init__(self, model: nn.Module, size: int, rank: int) -> None:
+        self._size = size
+        source = as_source(samples_for(model, _BATCHES * size, rank))
+        self._loader = Loader(source, seed=SEED, shuffle=True)
+        self._requested = 0
+        for _ in range(_BATCHES_AHEAD):
+            self._request()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """The next one, the same at every number of calls in every way that is measured."""
+        inputs, targets = self._loader.next()
+        self._request()
+        return inputs, targets
+
+    def _request(self) -> None:
+        epoch, place = divmod(self._requested, _BATCHES)
+        self._loader.request(epoch, place * self._size, (place + 1) * self._size)
+        self._requested += 1
+
+    def close(self) -> None:
+        """End the thread that reads."""
+        self._loader.close()
 
 
 def chosen(names: str | None, ways: Iterable[str], unusable: Mapping[str, str]) -> list[str]:

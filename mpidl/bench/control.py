@@ -20,6 +20,7 @@ from mpidl.bench.measuring import pause
 from mpidl.data import Batch
 from mpidl.runtime import World
 from mpidl.scheduling import REPORT_FIELDS, Executor, GroupPlan, capacity
+from mpidl.start import Start
 from mpidl.telemetry import Telemetry
 from mpidl.trainer import Trainer
 from mpidl.training import Training
@@ -102,7 +103,7 @@ class ControlOnly(Trainer):
         self._settings = dataclasses.replace(self._settings, group_size=group_size)
         samples = Samples(self.partitions * group_size * num_groups)
         training = Training(
-            self._settings, self.world, self._open_manager(), samples, None, epochs=1, resume=False, make_executor=make
+            self._settings, self.world, self._open_manager(), samples, None, epochs=1, start=Start(), make_executor=make
         )
         return training, made[0]
 

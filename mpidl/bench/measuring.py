@@ -39,6 +39,10 @@ class Timing:
         low, high = self.spread
         return Timing(self.seconds / number, (low / number, high / number), self.cpu_seconds / number)
 
+    def with_cpu_of(self, share: float) -> Timing:
+        """The mean processor time of so many of the ranks, where the others do nothing."""
+        return dataclasses.replace(self, cpu_seconds=self.cpu_seconds / share)
+
 
 def time_in_turn(
     world: World, ways: Mapping[str, Timed], repeats: int, after: Callable[[], None] = lambda: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -15,16 +15,21 @@ from mpidl.bench.exchange_ways import allreduce, flat_views, set_gradients, zero
 from mpidl.parameters import ParameterManager
 from mpidl.runtime import World
 
-PHASES = ("forward", "backward", "communication", "update", "wait")
-"""Of an iteration. Communication that runs during backward is a part of that phase; ZeroRedundancyOptimizer's
-broadcasts are a part of its update; only mpidl tells waiting for other ranks apart from communication."""
+PHASES = ("data", "forward", "backward", "communication", "update", "wait")
+"""Of an iteration. Data is waiting for a batch, which is made ahead. Communication that runs during backward is a
+part of that phase; ZeroRedundancyOptimizer's broadcasts are a part of its update; only mpidl tells waiting for other
+ranks apart from communication."""
+
+
+LOCAL_SUM = "local_sum"
+"""The part of communication in which mpidl's kernels add up rows in memory."""
 
 
 class Clock:
-    """Seconds by phase; a lap ends a phase."""
+    """Seconds by phase, and of a part of one; a lap ends a phase."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds = self._zeros()
         self._last = 0.0
 
     def start(self) -> None:
@@ -41,8 +46,12 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, which begin anew."""
-        taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        taken, self.seconds = self.seconds, self._zeros()
         return taken
+
+    @staticmethod
+    def _zeros() -> dict[str, float]:
+        return dict.fromkeys((*PHASES, LOCAL_SUM), 0.0)
 
 
 class Way(Protocol):
@@ -90,26 +99,27 @@ class Alone:
 class Mpidl:
     """mpidl's ParameterManager, with any of its settings."""
 
-    def __init__(self, world: World, model: nn.Module, optimizer: Optimizer, **settings: str) -> None:
+    def __init__(self, world: World, model: nn.Module, optimizer: Optimizer, **settings: Any) -> None:
         self.module = model
-        self._manager = ParameterManager(model, optimizer.factory, world=world, **settings)  # type: ignore[arg-type]
+        self.manager = ParameterManager(model, optimizer.factory, world=world, **settings)
 
     def prepare(self) -> None:
         """Nothing."""
 
     def finish(self, clock: Clock) -> None:
         """One step, which zeroes the gradients as well."""
-        self._manager.step(wait=False)  # as the Trainer does
-        times = self._manager.take_times()
+        self.manager.step(wait=False)  # as the Trainer does
+        times = self.manager.take_times()
         clock.lap("communication", update=times["update"], wait=times["wait"])
+        clock.seconds[LOCAL_SUM] += times["local_sum"]
 
     def end(self) -> None:
         """Wait for the weights."""
-        self._manager.wait()
+        self.manager.wait()
 
     def close(self) -> None:
         """Close the manager."""
-        self._manager.close()
+        self.manager.close()
 
 
 class MpiAllreduce:
@@ -181,25 +191,36 @@ class Horovod(Alone):
         clock.lap("update")
 
 
-class _MakesWay(Protocol):
-    def __call__(self, world: World, model: nn.Module, optimizer: Optimizer) -> Way: ...
+class MakesWay(Protocol):
+    """How a way is made of a model. Collective."""
+
+    def __call__(self, world: World, model: nn.Module, optimizer: Optimizer) -> Way:
+        """Make it."""
+        ...
 
 
+ONE = "one process"
 ALONE = "compute alone"
+ORDERED = "mpidl-ordered"
 
-WAYS: dict[str, _MakesWay] = {
-    "mpidl-ordered": functools.partial(Mpidl, reduction="ordered"),
-    "mpidl-bfloat16": functools.partial(Mpidl, wire="bfloat16"),
-    "mpidl-mpi": functools.partial(Mpidl, reduction="mpi"),
-    "mpidl-driver": functools.partial(Mpidl, reduction="driver"),
-    "mpidl-tree": functools.partial(Mpidl, reduction="tree"),
-    "mpidl-allreduce": functools.partial(Mpidl, reduction="allreduce"),
+MPIDL: dict[str, dict[str, Any]] = {
+    ORDERED: {"reduction": "ordered", "wire": "float32"},
+    "mpidl-bfloat16": {"reduction": "ordered", "wire": "bfloat16"},
+    "mpidl-mpi": {"reduction": "mpi", "wire": "float32"},
+    "mpidl-driver": {"reduction": "driver", "wire": "float32"},
+    "mpidl-tree": {"reduction": "tree", "wire": "float32"},
+    "mpidl-allreduce": {"reduction": "allreduce", "wire": "float32"},
+}
+"""The ParameterManager's settings of each of its ways."""
+
+WAYS: dict[str, MakesWay] = {
+    **{name: functools.partial(Mpidl, **settings) for name, settings in MPIDL.items()},
     "mpi-allreduce": MpiAllreduce,
     "ddp-gloo": Ddp,
     "zero-gloo": DdpZero,
     "horovod": Horovod,
 }
-"""All ways by name, but for `Alone`, which is always measured beside them."""
+"""All ways by name, but for `Alone`, which is always measured beside them: on all ranks at a time, and on one."""
 
 ROUNDING = {"mpidl-bfloat16"}
 """Ways whose weights lose digits where they travel."""
