@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpidl.data.sampler import RankBatchSampler
     from mpidl.optimizers import Lamb, Lars, layer_groups
     from mpidl.parameters import ParameterManager
-    from mpidl.runtime import World, init
+    from mpidl.runtime import World, init, watch
     from mpidl.runtime.launch import run
     from mpidl.scheduling import triggers
     from mpidl.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
@@ -42,6 +42,7 @@ _HOMES = {
     "run": ("mpidl.runtime.launch", "run"),
     "size": ("mpidl.api", "size"),
     "triggers": ("mpidl.scheduling.triggers", ""),
+    "watch": ("mpidl.runtime", "watch"),
 }
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "run",
     "size",
     "triggers",
+    "watch",
 ]
 
 

@@ -1,7 +1,7 @@
-"""The command line: `mpidl train | evaluate | export | plan | bench | doctor`.
+"""The command line: `mpidl train | launch | evaluate | export | plan | top | report | bench | doctor | completion`.
 
-Help and version need neither MPI nor torch; every command imports what it needs when it runs. Under `mpirun` all ranks
-parse the same arguments, and rank 0 alone prints.
+Help and version need neither MPI nor torch (`command_line.py` has the parsers); every command imports what it needs
+when it runs.
 """
 
 from __future__ import annotations
@@ -11,30 +11,23 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mpidl import bench as benchmarks
+from mpidl import command_line, completion, guard, launching, report_page
 from mpidl import config as configuration
 from mpidl._version import __version__
+from mpidl.command_line import is_printing, parse
 from mpidl.config import CONFIG_FILE, Config
 from mpidl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mpidl.doctor.facts import Facts
     from mpidl.runtime import World
 
-_REPLAY_FLAGS = ("run_dir", "data_dir", "loader_workers")
-_EVALUATE_FLAGS = ("data_dir", "eval_batch_size", "threads_per_rank")
+__all__ = ["main", "parse"]
 
-
-class _Parser(argparse.ArgumentParser):
-    """Prints from rank 0 only, and reports mistakes as `ConfigError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if _is_printing():
-            super()._print_message(message, file)
+_REPLAY_FLAGS = ("run_dir", "data_dir", "loader_workers", "progress", "trace", "tensorboard", "histograms", "on_event")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for a mistake of the user's, others as `errors` has them.
     """
+    if arguments is None and sys.argv[1:2] == ["train"]:
+        guard.begin()  # before NumPy and torch start threads
     from mpidl import runtime
 
     try:
@@ -58,66 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return runtime.run_command(lambda: _COMMANDS[parsed.command](parsed))
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; its settings are in `overrides`, field name -> value.
-
-    Raises:
-        ConfigError: an unknown command or flag, with near names, or a value that a setting does not take.
-    """
-    parser, commands = _parsers()
-    parsed, unknown = parser.parse_known_args(arguments)
-    parsed.arguments = list(arguments)
-    command = commands[f"bench {parsed.bench}" if parsed.command == "bench" else parsed.command]
-    if unknown:
-        flags = [flag for action in command._actions for flag in action.option_strings]
-        hint = configuration.near(unknown[0].split("=")[0], flags)
-        raise ConfigError(f"unknown argument {unknown[0]}{hint or f'; see `{command.prog} --help`'}")
-    parsed.overrides = configuration.overrides_from(parsed)
-    return parsed
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = _Parser(prog="mpidl", allow_abbrev=False, description="Data-parallel training of PyTorch models over MPI.")
-    parser.add_argument("--version", action="version", version=f"mpidl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train a model: mpirun -n 4 mpidl train job.toml", allow_abbrev=False)
-    train.add_argument("job", nargs="?", help="job file in TOML; its keys are the settings below")
-    train.add_argument("--resume", metavar="RUN_DIR", help="go on after the newest checkpoint of this run")
-    train.add_argument("--replay", metavar="RUN_DIR", help="carry out the plans of this run again, as they were")
-    configuration.add_flags(train)
-
-    evaluate = commands.add_parser("evaluate", help="loss and accuracy of a run's weights", allow_abbrev=False)
-    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
-    evaluate.add_argument("--weights", metavar="PATH", help="other weights: a .safetensors file or a checkpoint")
-    configuration.add_flags(evaluate, _EVALUATE_FLAGS)
-
-    export = commands.add_parser("export", help="write a run's weights as one .safetensors file", allow_abbrev=False)
-    export.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
-    export.add_argument(
-        "--checkpoint",
-        metavar="EPOCH",
-        help="epochs that the checkpoint is after, or epochs+iterations (default: newest)",
-    )
-    export.add_argument("--output", metavar="FILE", help="file to write (default: weights.safetensors in RUN_DIR)")
-
-    plan = commands.add_parser("plan", help="show the plans of a run: mpidl plan show RUN_DIR", allow_abbrev=False)
-    plan.add_argument("action", choices=["show"], help="what to do with them")
-    plan.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
-
-    bench = commands.add_parser("bench", help="measure ways side by side, and the limit", allow_abbrev=False)
-    benches = benchmarks.add_benches(bench)
-
-    doctor = commands.add_parser("doctor", help="look at MPI, launcher, cores and memory", allow_abbrev=False)
-    return parser, {"train": train, "evaluate": evaluate, "export": export, "plan": plan, "doctor": doctor, **benches}
-
-
-def _is_printing() -> bool:
-    from mpidl.runtime import launched_rank
-
-    return launched_rank() in (None, 0)
-
-
 def _start(load: Callable[[], Config]) -> tuple[Config, World]:
     """Read the configuration, start MPI, and see that all ranks have the same one. Collective.
 
@@ -128,9 +63,12 @@ def _start(load: Callable[[], Config]) -> tuple[Config, World]:
     failure: ConfigError | None = None
     try:
         config = load()
+        if config.run_dir != "auto":
+            guard.tell(run_dir=config.run_dir)
     except ConfigError as error:
         config, failure = Config(), error
     world = runtime.init(None if config.threads_per_rank == "auto" else config.threads_per_rank)
+    guard.tell(rank=world.rank, size=world.size)
     with world.agreed("reading the configuration"):
         if failure is not None:
             raise failure
@@ -203,8 +141,7 @@ def train(parsed: argparse.Namespace) -> int:
 
     signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
-    from mpidl import job
-    from mpidl.telemetry import Telemetry
+    from mpidl import job, runtime
 
     run_dir, give_back = None, None
     with world.agreed("making the run directory"):
@@ -216,16 +153,31 @@ def train(parsed: argparse.Namespace) -> int:
             run_dir = job.claim_run_dir(config, name)
             give_back = functools.partial(job.release_run_dir, run_dir)
     run_dir = world.broadcast_object(run_dir)
-    telemetry = Telemetry(run_dir if world.rank == 0 else None, quiet=world.rank != 0)
+    guard.tell(run_dir=str(run_dir))
     try:
-        trainer, train_set, validation_set = job.build_trainer(config, telemetry, run_dir)
+        runtime.check_shared(world, run_dir)
+        trainer, train_set, validation_set = job.build_trainer(config, run_dir=run_dir)
         resume, replay = bool(parsed.resume), parsed.replay
         trainer.fit(train_set, validation_set, epochs=config.epochs, resume=resume, replay=replay)
     finally:
-        telemetry.close()
         if give_back is not None:
             give_back()
     return STOPPED if trainer.stopped else 0
+
+
+def launch(parsed: argparse.Namespace) -> int:
+    """Start a training by its launcher, and again where a rank was lost; this process is no rank."""
+    return launching.start(parsed, _described)
+
+
+def _described(arguments: Sequence[str]) -> launching.Training:
+    """What arguments of `mpidl train` make of it."""
+    parsed = parse(["train", *arguments])
+    if parsed.replay is not None:
+        raise ConfigError("mpidl launch cannot start a replay again; use mpirun")
+    config = _training_config(parsed)
+    name = _run_name(parsed.job, config.data)
+    return launching.Training(config.run_dir, name, config.partitions, is_resumed=parsed.resume is not None)
 
 
 def evaluate(parsed: argparse.Namespace) -> None:
@@ -246,8 +198,8 @@ def evaluate(parsed: argparse.Namespace) -> None:
 
 
 def export(parsed: argparse.Namespace) -> None:
-    """Write a run's weights as one plain .safetensors file; one process does it all."""
-    if not _is_printing():
+    """Write a run's weights as one plain .safetensors file, and the optimizer's state; one process does it all."""
+    if not is_printing():
         return
     from mpidl import checkpoint
 
@@ -257,11 +209,16 @@ def export(parsed: argparse.Namespace) -> None:
     output = Path(parsed.output) if parsed.output else run_dir / f"{name}.safetensors"
     checkpoint.save_weights(weights, output)
     print(f"{len(weights)} tensors written to {output}")
+    if parsed.optimizer_state:
+        checkpoint.save_optimizer(
+            checkpoint.load_optimizer(run_dir, epoch=parsed.checkpoint), Path(parsed.optimizer_state)
+        )
+        print(f"the optimizer's state written to {parsed.optimizer_state}")
 
 
 def plan(parsed: argparse.Namespace) -> None:
     """Print the groups of a run as they were carried out; one process does it all."""
-    if not _is_printing():
+    if not is_printing():
         return
     from mpidl.scheduling import read_recording
     from mpidl.telemetry import Console, tables
@@ -271,31 +228,69 @@ def plan(parsed: argparse.Namespace) -> None:
     Console().print_table(f"plans of {parsed.run_dir}", rows, tables.GROUP_HEADERS)
 
 
-def doctor(parsed: argparse.Namespace) -> int:
-    """Print what was found out about this machine and what is wrong with it. Collective."""
-    from mpidl.runtime import doctor as examination
+def top(parsed: argparse.Namespace) -> None:
+    """Show how a run stands, again and again; one process does it all, and MPI is not started."""
+    if not is_printing():
+        return
+    from mpidl.telemetry.top import follow
 
-    facts = examination.gather_facts()
-    if facts is None:
-        return 0
+    follow(Path(parsed.run_dir), once=parsed.once)
+
+
+def report(parsed: argparse.Namespace) -> None:
+    """Write a page about runs and benchmarks; one process does it all."""
+    if is_printing():
+        report_page.write(parsed)
+
+
+def print_completion(parsed: argparse.Namespace) -> None:
+    """Print the script that completes commands in a shell."""
+    if is_printing():
+        print(completion.script(command_line.parsers()[""], parsed.shell), end="")
+
+
+def doctor(parsed: argparse.Namespace) -> int:
+    """Print what was found out about this machine and what is wrong with it. Collective.
+
+    In the shell or script of a Slurm allocation a job step does it, over the whole allocation.
+    """
+    from mpidl.doctor import allocation
+    from mpidl.doctor.examination import examine
+
+    if step := allocation.job_step(parsed.arguments[1:]):
+        return allocation.examine(step)
+    return examine(Path(parsed.folder), functools.partial(_show_examined, is_json=parsed.json))
+
+
+def _show_examined(facts: Facts, is_json: bool) -> int:
+    """Print facts and findings; returns the exit code."""
+    from mpidl.doctor import judgement, tables
     from mpidl.telemetry import Console
 
-    findings = examination.diagnose(facts)
-    console = Console()
-    console.print_table("mpidl doctor", examination.describe(facts))
-    console.print_table("nodes", examination.describe_nodes(facts), examination.NODE_HEADERS)
-    for finding in findings:
-        console.print(f"{finding.level}: {finding.what}\n    fix: {finding.fix}")
-    if not findings:
-        console.print("nothing is wrong")
+    findings, console = judgement.diagnose(facts), Console()
+    if is_json:
+        console.print(tables.as_json(facts, findings))
+    else:
+        console.print_table("mpidl doctor", tables.describe(facts))
+        console.print_table("nodes", tables.describe_nodes(facts), tables.NODE_HEADERS)
+        if links := tables.describe_links(facts):
+            console.print_table("links", links, tables.LINK_HEADERS)
+        for finding in findings:
+            console.print(str(finding))
+        if not findings:
+            console.print("nothing is wrong")
     return int(any(finding.level == "error" for finding in findings))
 
 
 _COMMANDS = {
     "train": train,
+    "launch": launch,
     "evaluate": evaluate,
     "export": export,
     "plan": plan,
+    "top": top,
+    "report": report,
     "bench": benchmarks.run,
     "doctor": doctor,
+    "completion": print_completion,
 }

@@ -23,7 +23,16 @@ from mpidl.errors import ConfigError
 
 CONFIG_FILE = "config.toml"
 """The resolved configuration in a run directory."""
+FINISHED = "FINISHED"
+"""The file in a run directory that says that there is nothing left to do: job scripts look for it."""
 
+MODELS = (
+    "digits_cnn", "fashion_cnn", "googlenet", "googlenet_bn", "gpt", "inception_v1", "inception_v3", "lenet5",
+    "resnet50", "vgg13_32", "vgg16", "vgg16_32", "vgg16_bn", "vgg19", "vgg19_32", "vgg19_bn",
+)  # fmt: skip
+"""What `mpidl.models` has; known here so that help and completion need no torch."""
+DATA = ("cifar10", "digits", "fashion_mnist", "images", "synthetic", "text")
+"""What `mpidl.data` has."""
 LOSSES = (
     "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss",
@@ -36,7 +45,7 @@ LAYER_WISE = ("lars", "lamb")
 """Those of them that leave biases and normalisation layers out: neither adapted nor decayed."""
 
 # Ranks may differ in these without the run's numbers depending on it.
-_LOCAL_FIELDS = ("data_dir", "run_dir", "loader_workers")
+_LOCAL_FIELDS = ("data_dir", "run_dir", "loader_workers", "progress")
 
 _TYPE_NAMES = {
     str: "a string", int: "an integer", float: "a number", bool: "true or false",
@@ -45,7 +54,12 @@ _TYPE_NAMES = {
 
 
 def described(
-    help: str, *, minimum: float | None = None, maximum: float | None = None, names: tuple[str, ...] = ()
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    names: tuple[str, ...] = (),
+    known: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """A field's metadata.
 
@@ -54,8 +68,9 @@ def described(
         minimum: smallest number allowed.
         maximum: largest number allowed.
         names: the built-in names; anything else must then look like `package.module:callable`.
+        known: built-in names that are not checked here.
     """
-    return {"help": help, "minimum": minimum, "maximum": maximum, "names": names}
+    return {"help": help, "minimum": minimum, "maximum": maximum, "names": names, "known": known}
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -71,18 +86,20 @@ class Config:
         ConfigError: a value has the wrong type, is out of its range, or two values do not fit each other.
     """
 
-    model: str = setting("digits_cnn", "network: a built-in name or package.module:callable")
+    model: str = setting("digits_cnn", f"network: {', '.join(MODELS)}, or package.module:callable", known=MODELS)
     model_args: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=described("arguments for the model's callable")
     )
-    data: str = setting("digits", "data: a built-in name, FILE.npz, X.npy,Y.npy, or package.module:callable")
+    data: str = setting(
+        "digits", f"data: {', '.join(DATA)}, FILE.npz, X.npy,Y.npy, or package.module:callable", known=DATA
+    )
     data_dir: str | None = setting(None, "folder that holds the data set's files")
     data_args: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=described("arguments for the data's callable, such as {augment = true}")
     )
     loss: str = setting(
         "cross_entropy",
-        "loss: the name of a function in torch.nn.functional or package.module:callable",
+        f"loss: {', '.join(LOSSES)}, or package.module:callable",
         names=LOSSES,
     )
     optimizer: str = setting("sgd", f"optimizer: {', '.join(OPTIMIZERS)}, or package.module:callable", names=OPTIMIZERS)
@@ -155,6 +172,10 @@ class Config:
         1, "validations: a number of epochs, or a trigger such as 'iterations(500) | seconds(600)'; 0: never", minimum=0
     )
     checkpoint_every: int | str = setting(1, "checkpoints, likewise", minimum=0)
+    keep_last: int | None = setting(None, "checkpoints to keep, the newest ones; default: all", minimum=1)
+    keep_every: int | None = setting(
+        None, "with keep_last: of the older checkpoints every so many-th stays as well", minimum=1
+    )
     summarize_every: int | str = setting(0, "summaries of loss and gradient norm in the metrics, likewise", minimum=0)
     end_when: str | None = setting(
         None, 'trigger that ends the training early, such as \'reached("accuracy", 0.99) | plateau("loss", 5)\''
@@ -162,6 +183,24 @@ class Config:
     max_seconds: float | None = setting(
         None, "seconds after which to stop with a checkpoint; default: in time before Slurm ends the job", minimum=0
     )
+    hang_seconds: float = setting(
+        900.0, "seconds without any movement that make a hang, which is told with who is to blame; 0: never", minimum=0
+    )  # fmt: skip
+    on_hang: Literal["end", "warn"] = setting("end", "what is done about a hang")
+    recovery: Literal["auto", "off"] = setting(
+        "auto", "whether the others go on where a rank is lost; auto: where MPI can (mpirun --with-ft ulfm)"
+    )
+    progress: Literal["auto", "live", "plain", "quiet", "json"] = setting(
+        "auto",
+        "what is shown: a live view, lines, warnings only, or the metrics' lines; auto: live on a terminal, else plain",
+    )
+    trace: int = setting(
+        0, "iterations of all ranks that are recorded into trace.json in the run directory, for Perfetto", minimum=0,
+        maximum=1000,
+    )  # fmt: skip
+    tensorboard: bool = setting(False, "write TensorBoard's files, too (extra: tensorboard)")
+    histograms: bool = setting(False, "a histogram of each parameter after every epoch, in the metrics and TensorBoard")
+    on_event: str | None = setting(None, "package.module:callable, called on rank 0 with each event's name and fields")
     run_dir: str = setting("auto", "folder for the results; auto: the first free runs/NAME, runs/NAME-2")
 
     def __post_init__(self) -> None:
@@ -192,6 +231,14 @@ def _fields() -> dict[str, tuple[dataclasses.Field[Any], tuple[type, ...], tuple
 def field_names() -> tuple[str, ...]:
     """The names of all settings, in the order of `--help`."""
     return tuple(_fields())
+
+
+def words(name: str) -> tuple[str, ...]:
+    """The words that the setting takes, or its built-in names; none where it takes anything of its type."""
+    field, types, literals = _fields()[name]
+    return (
+        literals or field.metadata["names"] or field.metadata["known"] or (("true", "false") if bool in types else ())
+    )
 
 
 def checked(name: str, value: object) -> Any:
@@ -297,7 +344,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the job file {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for name, value in values.items():
         if name not in field_names():
@@ -345,14 +392,20 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = Non
     for name in names or field_names():
         field, types, words = _fields()[name]
         metavar = "|".join([kind.__name__.upper() for kind in types if kind in _TYPE_NAMES] + list(words))
-        default = {} if field.default is dataclasses.MISSING else field.default
-        shown = "" if default is None else f" (default: {default})"
+        shown = f" (default: {shown_default(field)})" if shown_default(field) else ""
         group.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
             metavar=metavar.replace("DICT", "{KEY = VALUE}"),
             help=(field.metadata["help"] + shown).replace("%", "%%"),
         )
+
+
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """A field's default as one would write it; "" for those that are nothing."""
+    if field.default in (None, dataclasses.MISSING):
+        return ""
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def overrides_from(namespace: argparse.Namespace) -> dict[str, object]:
@@ -371,7 +424,7 @@ def _flag_value(name: str, text: str) -> object:
         return checked(name, _parse(name, text))
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         detail = f" ({error})" if isinstance(error, tomllib.TOMLDecodeError) else ""
         raise ConfigError(f"{flag} is {text!r}, must be {_wanted(*_fields()[name][1:])}{detail}") from None
 

@@ -17,7 +17,7 @@ from mpidl import data, losses, metrics, models, optimizers, runtime, scheduling
 from mpidl.config import CONFIG_FILE, LAYER_WISE, Config, near, to_toml
 from mpidl.errors import ConfigError
 from mpidl.imports import import_callable
-from mpidl.telemetry import Telemetry
+from mpidl.telemetry import Listener, Telemetry
 from mpidl.trainer import Trainer
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -48,6 +48,7 @@ class Parts:
     metrics: dict[str, Callable[..., Any]]
     train_set: Any
     validation_set: Any
+    on_event: Listener | None
 
 
 def build_trainer(
@@ -59,7 +60,7 @@ def build_trainer(
 
     Args:
         config: what to train.
-        telemetry: gets the trainer's events.
+        telemetry: gets the trainer's events; default: what the configuration says.
         run_dir: where checkpoints and weights go; None: nowhere.
 
     Returns:
@@ -97,10 +98,20 @@ def build_trainer(
         metrics=parts.metrics,
         validate_every=config.validate_every,
         checkpoint_every=config.checkpoint_every,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
         summarize_every=config.summarize_every,
         end_when=config.end_when,
         max_seconds=config.max_seconds,
+        hang_seconds=config.hang_seconds,
+        on_hang=config.on_hang,
+        recovery=config.recovery,
         run_dir=run_dir,
+        progress=config.progress,
+        trace=config.trace,
+        tensorboard=config.tensorboard,
+        histograms=config.histograms,
+        on_event=parts.on_event,
         telemetry=telemetry,
     )
     return trainer, parts.train_set, parts.validation_set
@@ -134,15 +145,15 @@ def prepare(config: Config) -> Parts:
         metrics={"accuracy": metrics.accuracy} if config.loss in _CLASSIFYING else {},
         train_set=train_set,
         validation_set=validation_set,
+        on_event=None if config.on_event is None else import_callable(config.on_event),
     )
 
 
 def find_loss(config: Config) -> Callable[..., Any]:
-    """The function of outputs and targets that `config.loss` names."""
+    """The function of outputs and targets that `config.loss` names; torch's say in words what does not fit."""
     if ":" in config.loss:
         return import_callable(config.loss)
-    function: Callable[..., Any] = getattr(nn.functional, config.loss)
-    return function
+    return losses.Fitting(getattr(nn.functional, config.loss))
 
 
 def find_optimizer(config: Config) -> Callable[..., torch.optim.Optimizer]:
@@ -228,7 +239,7 @@ def claim_run_dir(config: Config, name: str) -> Path:
 def _claim(config: Config, path: Path) -> bool:
     """Take the directory by creating its configuration file, which only one job can do."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any((path / name).exists() for name in _RUN_ENTRIES):
             return False
         with (path / CONFIG_FILE).open("x", encoding="utf-8") as file:

@@ -5,19 +5,36 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import checkpoint
-from mpidl.errors import CheckpointError, ConfigError
+from mpidl.config import FINISHED
+from mpidl.errors import CheckpointError, ConfigError, DamagedError
 from mpidl.parameters import ParameterManager
 from mpidl.runtime import World, init, on_all_ranks
 from mpidl.settings import Settings
 
 ONLY_AT_END = "only_at_end"
 """Key of a validation that was due because the training ended there: one that goes on would not have had it."""
+
+_TOLD_WAIT_S = 0.1
+"""How long a checkpoint waits for the one before it until that is worth a warning."""
+
+
+def mark_finished(run_dir: pathlib.Path, iterations: int) -> None:
+    """Write the file FINISHED.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        (run_dir / FINISHED).write_text(f"{iterations} iterations\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {run_dir / FINISHED}: {error.strerror}") from None
 
 
 @dataclasses.dataclass
@@ -33,6 +50,10 @@ class Progress:
     ended_by: str | None = None
     """The trigger that has ended the training before its last epoch; None: none has."""
 
+    def copy(self) -> Progress:
+        """The same, which stays as it is."""
+        return dataclasses.replace(self, epoch_sums=self.epoch_sums.copy(), validations=list(self.validations))
+
     @property
     def newest_validation(self) -> dict[str, Any]:
         """Its numbers; empty before the first."""
@@ -40,7 +61,11 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one training in its run directory. All methods are collective.
+    """The checkpoints of one training in its run directory. All methods but `poll` are collective.
+
+    They are written while training goes on (`checkpoint/writer.py`). One that cannot be written is told loudly and does
+    not end the training: a disk is full for an hour and training runs for a month; to stop would lose for certain what
+    going on loses only if the run is killed before the next one. The last one counts: `finish` raises.
 
     Args:
         settings: of the training.
@@ -48,10 +73,17 @@ class Checkpoints:
         manager: whose weights and optimizer state.
         num_samples: of the training set.
         iterations_per_epoch: of the training.
+        tell: takes an event and its fields when a checkpoint is complete, or something is wrong with one.
     """
 
     def __init__(
-        self, settings: Settings, world: World, manager: ParameterManager, num_samples: int, iterations_per_epoch: int
+        self,
+        settings: Settings,
+        world: World,
+        manager: ParameterManager,
+        num_samples: int,
+        iterations_per_epoch: int,
+        tell: Callable[..., None],
     ) -> None:
         self._settings = settings
         self._world = world
@@ -62,12 +94,23 @@ class Checkpoints:
         """The newest one that this run wrote or began from."""
         self.last_iteration = -1
         """The number of iterations it holds."""
+        self._tell = tell
+        self._pending: dict[str, Any] = {}
+        """What the event of the one under way will say."""
+        self._error: str | None = None
+        """Why the newest that was begun is not there."""
+        self._has_waited = False
+        self._writer: checkpoint.Writer | None = None
+        if settings.run_dir is not None:
+            keep = checkpoint.Keep(settings.keep_last, settings.keep_every)
+            self._writer = checkpoint.Writer(manager, settings.run_dir / checkpoint.CHECKPOINTS, keep)
 
-    def save(self, progress: Progress) -> dict[str, Any]:
-        """Write one; returns the fields of the "checkpoint" event."""
+    def save(self, progress: Progress) -> None:
+        """Begin to write one, after the one before is complete."""
         run_dir = self._settings.run_dir
         assert run_dir is not None, "checkpoints are due only where there is a run directory"
-        began = time.perf_counter()
+        assert self._writer is not None, "made where there is a run directory"
+        waited_s = self._wait_for_the_one_before(progress.iteration)
         epoch, more = divmod(progress.iteration, self._iterations_per_epoch)
         path = checkpoint.checkpoint_path(run_dir, epoch, more)
         kept = {
@@ -78,25 +121,89 @@ class Checkpoints:
             "ended_by": progress.ended_by,
             **self._identity(),
         }
-        size = checkpoint.save(self._manager, path, kept)
-        self.last, self.last_iteration = path, progress.iteration
-        seconds = time.perf_counter() - began
-        return {"epoch": epoch, "iteration": progress.iteration, "path": str(path), "bytes": size, "seconds": seconds}
+        self._pending = {"epoch": epoch, "iteration": progress.iteration, "path": str(path), "waited_s": waited_s}
+        self._writer.begin(path, kept)
+
+    def _wait_for_the_one_before(self, iteration: int) -> float:
+        assert self._writer is not None
+        self.poll()
+        if not self._writer.is_busy:
+            return 0.0
+        began, before = time.perf_counter(), self._pending["iteration"]
+        self.complete()
+        waited_s = time.perf_counter() - began
+        if waited_s >= _TOLD_WAIT_S and not self._has_waited:
+            self._has_waited = True
+            self._tell(
+                "warning",
+                message=f"the checkpoint after iteration {iteration} had to wait {waited_s:.3g} s until the one after "
+                f"iteration {before} was on disk, and training with it; write them less often, or on a faster disk "
+                "(told once; waited_s in the metrics has all)",
+            )
+        return waited_s
+
+    def poll(self) -> None:
+        """Find out, without waiting, whether the one under way is complete; to be called after every iteration."""
+        self._note(None if self._writer is None else self._writer.poll())
+
+    def complete(self) -> None:
+        """Wait until the one under way is complete, or has failed."""
+        self._note(None if self._writer is None else self._writer.complete())
+
+    def finish(self) -> str | None:
+        """Complete the last one and let go of what is needed to write; returns why the last one is not there."""
+        self.complete()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._error is None:
+            return None
+        last = f"the last whole one is {self.last}" if self.last else "there is none before it"
+        return f"{self._error}; {last}"
+
+    def abandon(self) -> None:
+        """Give up the one under way, after a rank was lost. Not collective."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _note(self, outcome: checkpoint.Outcome | None) -> None:
+        if outcome is None:
+            return
+        self._error = outcome.error
+        if outcome.error is None:
+            self.last, self.last_iteration = outcome.path, int(self._pending["iteration"])
+            times = {"pause_s": outcome.pause_s, "seconds": outcome.seconds}
+            self._tell("checkpoint", **self._pending, bytes=outcome.num_bytes, **times)
+            return
+        since = f"all since {self.last} is lost if this run ends now" if self.last else "there is none yet"
+        message = f"CHECKPOINT NOT WRITTEN: {outcome.error}; {since}; training goes on and the next one is tried"
+        self._tell("warning", message=message)
 
     def load_newest(self) -> Progress | None:
-        """Go on from the newest one; None where there is none.
+        """Go on from the newest one that is whole; None where there is none at all.
 
         Raises:
-            ConfigError, CheckpointError: on every rank: it does not fit, or is damaged.
+            ConfigError, CheckpointError: on every rank: it does not fit, or all are damaged.
         """
         run_dir = self._settings.run_dir
         if run_dir is None:
             raise on_all_ranks(ConfigError("resume needs a run_dir to resume from"))
         found = checkpoint.list_checkpoints(run_dir) if self._world.rank == 0 else []
-        path = self._world.broadcast_object(found[-1][1] if found else None)
-        if path is None:
-            return None
+        paths: list[pathlib.Path] = self._world.broadcast_object([path for _, path in reversed(found)])
+        for path in paths:
+            try:
+                return self._load(path)
+            except DamagedError as error:  # on every rank
+                self._tell("warning", message=f"DAMAGED CHECKPOINT: {error}; the one before it is tried")
+        if paths:
+            raise on_all_ranks(CheckpointError(f"all checkpoints of {run_dir} are damaged, the newest is {paths[0]}"))
+        return None
+
+    def _load(self, path: pathlib.Path) -> Progress:
         kept = checkpoint.load(self._manager, path)
+        missing = sorted({"iteration", "epoch_sums", "validations", "ended_by", *self._identity()} - kept.keys())
+        if missing:
+            raise on_all_ranks(CheckpointError(f"{path} is not one of a training: it lacks {', '.join(missing)}"))
         self._world = init(kept["threads_per_rank"]).for_purpose("checkpoint")
         for name, value in self._identity().items():
             if kept[name] != value:

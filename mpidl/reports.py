@@ -10,11 +10,32 @@ from numpy.typing import NDArray
 
 from mpidl.parameters import ParameterManager
 from mpidl.parameters.counters import LOSS_SUM, SAMPLES, WEIGHT
+from mpidl.runtime.spans import MAIN
 from mpidl.scheduling import REPORT_FIELDS, Coordination, Coordinator, Executor, GroupPlan, GroupSize, Replay
-from mpidl.summary import describe_move
+from mpidl.scheduling.stragglers import Stragglers
+from mpidl.summary import describe_move, describe_straggler
 
 _MANY_REPEATED, _REPEATED_SHARE = 5, 0.1
 """Iterations that were repeated, and their share, from which on a warning is due."""
+
+
+RANKS_TOLD = 64
+"""The metrics have the phases of all ranks where there are so many at most, else of those with the most work."""
+
+
+def rank_phases(times: NDArray[np.float64]) -> dict[str, list[Any]]:
+    """Seconds of a group by phase and rank.
+
+    Args:
+        times: float64, (ranks, phases); of all ranks, in the order of REPORT_FIELDS.
+
+    Returns:
+        "ranks", ascending, and of each phase the seconds of these ranks.
+    """
+    work = times[:, :2].sum(axis=1)
+    ranks = np.sort(np.argsort(work, kind="stable")[-RANKS_TOLD:])
+    told = np.round(times[ranks], 6).T.tolist()
+    return {"ranks": ranks.tolist(), **dict(zip(REPORT_FIELDS, told, strict=True))}
 
 
 class Reports:
@@ -50,6 +71,7 @@ class Reports:
         self._phase_seconds = np.zeros(len(REPORT_FIELDS) + 1)
         self._num_iterations = 0
         self._has_warned = False
+        self._stragglers = Stragglers(manager.world.size)
 
     def add(self, table: NDArray[np.float64]) -> None:
         """Take the counters of an iteration of the group."""
@@ -66,7 +88,7 @@ class Reports:
             num_iterations: that were done of it.
             seconds: that they took.
         """
-        with self.coordination.timed():
+        with self.coordination.timed(), self._world.activity.spans.within(MAIN, "report"):
             own = np.concatenate([self._executor.take_seconds(), self._executor.take_pace()])
             report = self._world.gather(own)
             coordination_s = self.coordination.end_group(num_iterations, seconds)
@@ -91,6 +113,7 @@ class Reports:
                 **told,
             )
             self._balance(plan, num_iterations, times, paces)
+            self._tell_stragglers(plan, num_iterations, paces[:, 0], seconds)
             self._warn_of_repetitions()
 
     def _warn_of_repetitions(self) -> None:
@@ -115,6 +138,7 @@ class Reports:
             "wait_s": float(times[:, REPORT_FIELDS.index("wait")].mean()),
             "slowest_rank": int(times[:, :2].sum(axis=1).argmax()),
             "seconds_per_sample": paces[:, 0].tolist(),
+            "rank_phases": rank_phases(times),
             **self.drops("group"),
             **({} if plan.assignment.starts == starts else {"partition_starts": plan.assignment.starts}),
         }
@@ -128,6 +152,17 @@ class Reports:
         if move is not None:
             iteration = plan.first_iteration + num_iterations
             self._record("balance", iteration=iteration, **describe_move(move, self._world.hostnames))
+
+    def _tell_stragglers(
+        self, plan: GroupPlan, num_iterations: int, seconds_per_sample: NDArray[np.float64], seconds: float
+    ) -> None:
+        """Name who is slow for good, and say what is done about it."""
+        balances = isinstance(self._coordinator, Coordinator) and self._coordinator.balances
+        for change in self._stragglers.observe(seconds_per_sample, seconds):
+            told = describe_straggler(
+                change, self._world.hostnames, plan.assignment, balances=balances, drops=self._executor.may_drop
+            )
+            self._record("straggler", iteration=plan.first_iteration + num_iterations, **told)
 
     def drops(self, event: str) -> dict[str, int]:
         """What was dropped since the last event of this name; nothing where nothing may be dropped."""

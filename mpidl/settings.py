@@ -12,8 +12,8 @@ from torch import nn
 
 from mpidl.data import Loader, Source
 from mpidl.errors import ConfigError
-from mpidl.parameters import OptimizerFactory
-from mpidl.runtime import World
+from mpidl.parameters import BASELINES, OptimizerFactory
+from mpidl.runtime import World, check_watch, ulfm
 from mpidl.scheduling import (
     LossFunction,
     Metric,
@@ -25,7 +25,9 @@ from mpidl.scheduling import (
     most_dropped,
 )
 from mpidl.sync_batchnorm import needs_lockstep
-from mpidl.telemetry import Telemetry
+from mpidl.telemetry import Listener, Telemetry, TensorBoard, check_progress, check_tensorboard
+
+RECOVERY = ("auto", "off")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,20 @@ class Settings:
     metrics: Mapping[str, Metric]
     validate_every: int | str | Trigger
     checkpoint_every: int | str | Trigger
+    keep_last: int | None
+    keep_every: int | None
     summarize_every: int | str | Trigger
     end_when: str | Trigger | None
     max_seconds: float | None
+    hang_seconds: float
+    on_hang: str
+    recovery: str
     run_dir: pathlib.Path | None
+    progress: str
+    trace: int
+    tensorboard: bool
+    histograms: bool
+    on_event: Listener | None
     telemetry: Telemetry | None
 
     def digest(self) -> str:
@@ -68,6 +80,8 @@ class Settings:
         left_out = (
             "model",
             "run_dir",
+            "progress",
+            "on_event",
             "telemetry",
             "optimizer",
             "param_groups",
@@ -78,6 +92,11 @@ class Settings:
         for name in ("loss_fn", "schedule"):
             values[name] = getattr(values[name], "__qualname__", type(values[name]).__name__)
         return repr((values, self.run_dir is None))
+
+    def survives(self, world: World) -> bool:
+        """Whether the others go on where a rank is lost: where MPI does, and each partition may be anybody's."""
+        shares = self.reduction not in BASELINES and not needs_lockstep(self.model)
+        return self.recovery == "auto" and ulfm.is_on() and shares
 
     def check(self, world: World) -> None:
         """Raise ConfigError where the settings do not fit each other or the ranks."""
@@ -99,15 +118,43 @@ class Settings:
                 )
         for name in ("validate_every", "checkpoint_every", "summarize_every", "end_when"):
             as_trigger(name, getattr(self, name))
+        for name, number in (("keep_last", self.keep_last), ("keep_every", self.keep_every)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; it must be at least 1, or None")
+        if self.keep_every is not None and self.keep_last is None:
+            raise ConfigError(
+                f"keep_every is {self.keep_every}, but without keep_last all checkpoints are kept; give both"
+            )
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be positive, or None")
+        check_watch(self.hang_seconds, self.on_hang)
+        if self.recovery not in RECOVERY:
+            raise ConfigError(f"recovery is {self.recovery!r}; it must be {' or '.join(map(repr, RECOVERY))}")
         if self.group_size != "auto" and (isinstance(self.group_size, str) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; it must be "auto" or a number of at least 1')
         if self.balance not in (True, False, "auto"):
             raise ConfigError(f'balance is {self.balance!r}; it must be True, False or "auto"')
         if not self.max_group_seconds > 0:
             raise ConfigError(f"max_group_seconds is {self.max_group_seconds}; it must be above 0")
+        self._check_telling()
         self._check_dropping()
+
+    def _check_telling(self) -> None:
+        check_progress(self.progress)
+        if self.trace < 0:
+            raise ConfigError(f"trace is {self.trace}; it must be a number of iterations, or 0 for none")
+        if self.run_dir is None and (self.trace or self.tensorboard):
+            name = "trace" if self.trace else "tensorboard"
+            raise ConfigError(f"{name} writes into the run directory, and there is none; give a run_dir")
+        if self.tensorboard:
+            check_tensorboard()
+
+    def make_telemetry(self) -> Telemetry:
+        """What rank 0 records events with."""
+        listeners = [self.on_event] if self.on_event is not None else []
+        if self.tensorboard and self.run_dir is not None:
+            listeners.append(TensorBoard(self.run_dir / "tensorboard"))
+        return Telemetry(self.run_dir, progress=self.progress, listeners=listeners)
 
     def _check_dropping(self) -> None:
         share, budget_s = self.drop_share, self.drop_budget_s
@@ -150,6 +197,10 @@ class Settings:
                 f"the model has SyncBatchNorm, whose forward all ranks have to run together: the last of {num_samples} "
                 f"samples in batches of {size} make {last} partitions only, of {parts}; {advice}"
             )
+
+    def open_train_loader(self, source: Source) -> Loader:
+        """A loader of the training set."""
+        return Loader(source, seed=self.seed, num_workers=self.loader_workers, shuffle=True)
 
     def open_validation_loader(self, source: Source) -> Loader:
         """A loader for `evaluate`; the caller closes it."""

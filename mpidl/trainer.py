@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpidl import checkpoint
+from mpidl import checkpoint, recovery
 from mpidl.data import as_source
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment, OptimizerFactory, ParameterManager
 from mpidl.planning import make_header
-from mpidl.runtime import init
+from mpidl.runtime import World, init
 from mpidl.scheduling import LossFunction, Metric, Recording, ScheduleFactory, Trigger, read_recording
 from mpidl.settings import Settings
-from mpidl.telemetry import Telemetry
+from mpidl.start import Start
+from mpidl.telemetry import Listener, Telemetry
 from mpidl.training import Training
 
 
@@ -61,11 +64,25 @@ class Trainer:
         validate_every: epochs between validations, or a trigger (`mpidl.triggers`, also as text); the training's end
             always has one; 0: never.
         checkpoint_every: likewise, of checkpoints in the run directory.
+        keep_last: how many checkpoints to keep, the newest ones; None: all.
+        keep_every: of the older ones, each of which the number, counted from the run's first, can be divided by this,
+            stays as well.
         summarize_every: likewise, of "summary" events: loss since the last one, learning rate, gradient norm.
         end_when: a trigger that ends the training before its last epoch; None: none.
         max_seconds: after which the training stops by itself with a checkpoint, in time; None: when Slurm says.
+        hang_seconds: where nothing has moved on any rank for so long, the job hangs: who keeps the others waiting is
+            printed with its stack, after 30 seconds or iterations already. 0: nobody watches.
+        on_hang: what is done then: "end" the job with exit code 76, or "warn".
+        recovery: "auto": where MPI can (`mpirun --with-ft ulfm`), `fit` goes on without ranks that are lost, with the
+            same bits; "off": the job ends.
         run_dir: where metrics, checkpoints and weights go; None: nowhere.
-        telemetry: where rank 0 records events; default: `metrics.jsonl` in the run directory, and the console.
+        progress: what rank 0 shows: "live" (a view that is drawn again and again), "plain" (lines), "quiet" (warnings
+            only), "json" (the metrics' lines), or "auto": live on a terminal, plain in a log.
+        trace: iterations of all ranks that are recorded into `trace.json` in the run directory, for Perfetto.
+        tensorboard: whether TensorBoard's files are written into the run directory, too; needs the extra.
+        histograms: whether each epoch's end has a "histograms" event, of each parameter's values.
+        on_event: called on rank 0 with the name and the fields of each event; docs/metrics.md has examples.
+        telemetry: where rank 0 records events, instead of what the last five say but for `trace` and `histograms`.
     """
 
     def __init__(
@@ -97,10 +114,20 @@ class Trainer:
         metrics: Mapping[str, Metric] | None = None,
         validate_every: int | str | Trigger = 1,
         checkpoint_every: int | str | Trigger = 1,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
         summarize_every: int | str | Trigger = 0,
         end_when: str | Trigger | None = None,
         max_seconds: float | None = None,
+        hang_seconds: float = 900.0,
+        on_hang: str = "end",
+        recovery: str = "auto",
         run_dir: str | pathlib.Path | None = None,
+        progress: str = "auto",
+        trace: int = 0,
+        tensorboard: bool = False,
+        histograms: bool = False,
+        on_event: Listener | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         self.model = model
@@ -131,10 +158,20 @@ class Trainer:
             metrics=dict(metrics or {}),
             validate_every=validate_every,
             checkpoint_every=checkpoint_every,
+            keep_last=keep_last,
+            keep_every=keep_every,
             summarize_every=summarize_every,
             end_when=end_when,
             max_seconds=max_seconds,
+            hang_seconds=hang_seconds,
+            on_hang=on_hang,
+            recovery=recovery,
             run_dir=None if run_dir is None else pathlib.Path(run_dir),
+            progress=progress,
+            trace=trace,
+            tensorboard=tensorboard,
+            histograms=histograms,
+            on_event=on_event,
             telemetry=telemetry,
         )
         self._manager: ParameterManager | None = None
@@ -168,8 +205,8 @@ class Trainer:
             The events of epochs and validations, on every rank.
 
         It stops before its end, with a checkpoint where there is a run directory, after the iteration in which any
-        rank received SIGUSR1 or SIGTERM, rank 0 saw a file STOP in the run directory, or the job's time was nearly up:
-        see `stopped`.
+        rank received SIGUSR1, SIGTERM or SIGINT (Ctrl-C), rank 0 saw a file STOP in the run directory, or the job's
+        time was nearly up: see `stopped`.
 
         Raises:
             UserError: on every rank, before the first iteration: something does not fit.
@@ -182,22 +219,22 @@ class Trainer:
         lengths = (len(train), None if validation is None else len(validation))
         given = (self._settings.digest(), epochs, resume, *lengths)
         self.world.check_equal("the Trainer's settings or the size of the data", repr(given), ConfigError)
-        with self.world.agreed("preparing the run directory"):
-            self._prepare_run_dir(resume)
-        manager = self._open_manager()
+        self._prepare_run_dir(resume)
+        self._open_manager()
         recording = None
         if replay is not None:
             run_dir, validates = pathlib.Path(replay), validation is not None
             recording = self._read_plans(run_dir, len(train), epochs, resume=resume, validates=validates)
-        training = Training(
-            self._settings, self.world, manager, train, validation, epochs=epochs, resume=resume, replay=recording
-        )
-        try:
-            history = training.run()
-            self.stopped = training.stopped
-            return history
-        finally:
-            training.close()
+
+        def begin(world: World, start: Start) -> Training:
+            manager = self._open_manager(world)
+            return Training(self._settings, world, manager, train, validation, epochs=epochs, start=start)
+
+        start = Start(resume=resume, replay=recording)
+        training, history = recovery.run(begin, self._settings, self.world, start)
+        self.stopped = training.stopped
+        training.close()
+        return history
 
     def _read_plans(
         self, run_dir: pathlib.Path, num_samples: int, epochs: int, *, resume: bool, validates: bool
@@ -215,24 +252,14 @@ class Trainer:
         return recording
 
     def _prepare_run_dir(self, resume: bool) -> None:
+        """See to it that all ranks can write the run directory, and that nothing in it is overwritten. Collective."""
         run_dir = self._settings.run_dir
-        if run_dir is None or self.world.rank > 0:
-            return
-        found = checkpoint.list_checkpoints(run_dir)
-        if found and not resume:
-            raise ConfigError(
-                f"the run directory {run_dir} holds checkpoints of an earlier run ({found[-1][1].name}); go on with "
-                "resume=True, or choose another run_dir"
-            )
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            probe = run_dir / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"the run directory {run_dir} cannot be written: {error.strerror}; choose another run_dir"
-            ) from None
+        with self.world.agreed("preparing the run directory"):
+            if run_dir is not None and self.world.rank == 0:
+                _make_run_dir(run_dir, resume)
+        with self.world.agreed("preparing the run directory"):
+            if run_dir is not None:
+                _check_is_writable(run_dir)
 
     def evaluate(self, data_set: Any) -> dict[str, float]:
         """The mean loss and metrics of a data set; every sample counts once; the same on all ranks."""
@@ -260,8 +287,13 @@ class Trainer:
             self._manager.close()
             self._manager = None
 
-    def _open_manager(self) -> ParameterManager:
-        """The manager of the model's parameters, made at first need."""
+    def _open_manager(self, world: World | None = None) -> ParameterManager:
+        """The manager of the model's parameters, made at first need, and anew where the world is another."""
+        if world is not None and world is not self.world:
+            if self._manager is not None:
+                self._manager.abandon()
+            self._manager, self.world = None, world.for_purpose("setup")
+            gc.collect()  # the memory before is wanted now
         if self._manager is None:
             self._manager = ParameterManager(
                 self.model,
@@ -277,3 +309,35 @@ class Trainer:
                 assignment=Assignment.even(self._settings.partitions, self.world.size),
             )
         return self._manager
+
+
+def _make_run_dir(run_dir: pathlib.Path, resume: bool) -> None:
+    found = checkpoint.list_checkpoints(run_dir)
+    if found and not resume:
+        raise ConfigError(
+            f"the run directory {run_dir} holds checkpoints of an earlier run ({found[-1][1].name}); go on with "
+            "resume=True, or choose another run_dir"
+        )
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory {run_dir} cannot be written: {error.strerror}; choose another run_dir"
+        ) from None
+
+
+def _check_is_writable(run_dir: pathlib.Path) -> None:
+    """Every rank writes its part of each checkpoint there."""
+    if not run_dir.is_dir():
+        raise ConfigError(
+            f"the run directory {run_dir} is not seen here, though rank 0 has made it; choose a run_dir on a file "
+            "system that all nodes share"
+        )
+    probe = run_dir / f".writable-{socket.gethostname()}-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory {run_dir} cannot be written: {error.strerror}; choose another run_dir"
+        ) from None

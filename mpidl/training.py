@@ -15,6 +15,7 @@ it is built, broadcast and received after the group and all that is due at its e
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -24,14 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl import checkpoint
+from mpidl.config import FINISHED
 from mpidl.data import Loader, Source
-from mpidl.errors import NonFiniteLossError
+from mpidl.errors import CheckpointError, MpidlError, NonFiniteLossError
 from mpidl.parameters import Assignment, ParameterManager
 from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
 from mpidl.planning import make_coordinator, make_header, make_triggers, measured
-from mpidl.progress import ONLY_AT_END, Checkpoints, Progress
+from mpidl.progress import ONLY_AT_END, Checkpoints, Progress, mark_finished
 from mpidl.reports import Reports
-from mpidl.runtime import World, signals
+from mpidl.runtime import World, activity, on_all_ranks, signals, watch
+from mpidl.runtime.faults import is_on_all_ranks
+from mpidl.runtime.spans import MAIN
 from mpidl.scheduling import (
     STOP_FILE,
     Action,
@@ -42,21 +46,48 @@ from mpidl.scheduling import (
     GroupSize,
     PlanChannel,
     PlanLog,
-    Recording,
     Replay,
     StopRequests,
     capacity,
     describe_stop,
     end_time_of_job,
     last_partitions,
+    take_away,
 )
 from mpidl.settings import Settings
-from mpidl.summary import describe_end, describe_start
-from mpidl.telemetry import Telemetry
+from mpidl.start import Left, Start
+from mpidl.summary import (
+    describe_end,
+    describe_histograms,
+    describe_lost,
+    describe_place,
+    describe_recovery,
+    describe_start,
+)
+from mpidl.tracing import Tracing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What is kept in memory when a group begins, beside the manager's."""
+
+    progress: Progress
+    summary_sums: NDArray[np.float64]
 
 
 class Training:
-    """One call of `fit`: the objects that live as long as it, and its course."""
+    """One call of `fit`, or what of it is between two losses of ranks: the objects that live as long, and the course.
+
+    Args:
+        settings: of the Trainer.
+        world: all ranks.
+        manager: of the parameters.
+        train: the training set.
+        validation: the validation set.
+        epochs: of the whole training.
+        start: where it begins.
+        make_executor: as Executor.
+    """
 
     def __init__(
         self,
@@ -67,26 +98,42 @@ class Training:
         validation: Source | None,
         *,
         epochs: int,
-        resume: bool,
-        replay: Recording | None = None,
+        start: Start,
         make_executor: Callable[..., Executor] = Executor,
     ) -> None:
         self._began = self._epoch_began = time.perf_counter()
+        if start.left is not None:
+            self._began = start.left.began
         self._settings = settings
         self._world = world
         self._manager = manager
         self._validation = validation
         self._validation_loader: Loader | None = None
-        self._telemetry = settings.telemetry
+        replay, left, self._loss = start.replay, start.left, start.loss
+        self._telemetry = settings.telemetry or (left.telemetry if left else None)
         if self._telemetry is None and world.rank == 0:
-            self._telemetry = Telemetry(settings.run_dir)
+            self._telemetry = settings.make_telemetry()
         self._num_samples = len(train)
+        self._source = "memory" if start.found is not None else "a checkpoint"
         self._replay = replay
         self._triggers = make_triggers(settings, len(train), epochs, validates=validation is not None, replay=replay)
         per_epoch = self._triggers.iterations_per_epoch
-        self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch)
-        self._progress = self._resumed() if resume else Progress()
+        self._checkpoints = Checkpoints(settings, world, manager, self._num_samples, per_epoch, self._tell_checkpoint)
+        if left is not None:
+            self._checkpoints.last, self._checkpoints.last_iteration = left.newest
+        self._history: list[dict[str, Any]] = []
+        self._summary_sums = np.zeros(3)
+        self._clock = 0.0
+        """The clock of the rank with partition 0, when the last iteration ended."""
+        self._progress = self._where_to_begin(start)
+        self.memory: checkpoint.Memory | None = None
+        """What is kept for the case that ranks are lost."""
+        if settings.survives(world) and replay is None:
+            self.memory = checkpoint.Memory(manager, world, None if start.found is None else start.found.memory)
         self._first_iteration = self._progress.iteration
+        self._lost: list[dict[str, Any]] = list(left.lost) if left else []
+        if start.loss is not None:
+            self._lost += describe_lost(start.loss.lost, self._first_iteration)
         group_size = GroupSize(settings.group_size, settings.max_group_seconds)
         self._coordinator: Coordinator | Replay | None = None
         with world.agreed("making the learning-rate schedule"):
@@ -94,8 +141,10 @@ class Training:
             if world.rank == 0:
                 self._coordinator = Replay(replay, world.size) if replay else self._make_coordinator(group_size)
         self._remember_validations()
-        self._loader = Loader(train, seed=settings.seed, num_workers=settings.loader_workers, shuffle=True)
+        self._loader = left.loader if left else settings.open_train_loader(train)
         self._stop_requests = self._listen()
+        survives = self.memory is not None
+        watch(settings.hang_seconds, settings.on_hang, settings.run_dir, is_training=True, survives=survives)
         self._executor = make_executor(
             manager,
             settings.model,
@@ -107,18 +156,20 @@ class Training:
             drop_share=settings.drop_share,
             drops=None if replay is None else replay.drops,
         )
+        if left is not None:
+            self._take_over(left)
         largest = replay.largest_group if replay else group_size.largest
         size = capacity(min(largest, per_epoch), world.size, len(manager.param_groups))
         self._channel = PlanChannel(world, self._coordinator, size)
         self._reports = Reports(manager, self._executor, self._coordinator, group_size, self._record)
         self._coordination = self._reports.coordination
-        self._history: list[dict[str, Any]] = []
+        total = self._triggers.total_iterations
+        self._tracing = Tracing(settings.trace, self._first_iteration, total, world, settings.run_dir, self._record)
         self._acts: list[tuple[int, Action]] = []
         """What was done in this group: iterations that were done, and the action."""
         self._dropped: list[tuple[int, tuple[int, ...]]] = []
         """And what was dropped: iterations that were done, and the last one's partitions."""
         self._plan_log: PlanLog | None = None
-        self._summary_sums = np.zeros(3)
         self.stopped: str | None = None
         """Why it ended before its time; None: it did not."""
 
@@ -127,8 +178,12 @@ class Training:
         is_first, run_dir = self._world.rank == 0, self._settings.run_dir
         stop_file = None if run_dir is None or not is_first else run_dir / STOP_FILE
         max_seconds = None if self._replay else self._settings.max_seconds
-        made = StopRequests(stop_file, end_time_of_job(max_seconds) if is_first else None)
-        made.obeyed()  # by an earlier run that ended before it saw the file
+        if max_seconds is not None:
+            max_seconds -= time.perf_counter() - self._began
+        self._end_time = end_time_of_job(max_seconds) if is_first else None
+        made = StopRequests(stop_file, self._end_time)
+        if self._loss is None:
+            made.obeyed()  # by an earlier run that ended before it saw the file
         return made
 
     def _make_coordinator(self, group_size: GroupSize) -> Coordinator:
@@ -145,6 +200,47 @@ class Training:
         found.validations = [each for each in found.validations if not each.get(ONLY_AT_END)]
         return found
 
+    def _where_to_begin(self, start: Start) -> Progress:
+        """What is done already, with weights and optimizer as they were then."""
+        if start.found is not None:
+            return self._recovered(start.found)
+        return self._resumed() if start.resume else Progress()
+
+    def _recovered(self, found: checkpoint.Found) -> Progress:
+        """What those who live have kept in memory, loaded."""
+        found.restore(self._manager, self._world)
+        kept: _Kept = found.state
+        self._summary_sums = kept.summary_sums.copy()
+        return kept.progress.copy()
+
+    def _take_over(self, left: Left) -> None:
+        """Go on with what the course before has left."""
+        self._validation_loader = left.validation_loader
+        self._executor.go_on_from(left.clock_began, left.drops)
+        self._history = [event for event in left.history if event["iteration"] <= self._first_iteration]
+
+    def abandon(self) -> Left:
+        """Let go of what a loss has made useless, and leave the rest to the next course. Not collective."""
+        self._world.activity.spans.end()  # one rank's part of a trace is of no use
+        self._checkpoints.abandon()
+        if self.memory is not None:
+            self.memory.freeze()
+        if self._plan_log is not None:
+            self._plan_log.close()
+        for loader in filter(None, (self._loader, self._validation_loader)):
+            loader.forget()
+        return Left(
+            loader=self._loader,
+            validation_loader=self._validation_loader,
+            history=self._history,
+            began=self._began,
+            clock_began=self._executor.began,
+            drops=self._executor.drops,
+            newest=(self._checkpoints.last, self._checkpoints.last_iteration),
+            telemetry=self._telemetry,
+            lost=self._lost,
+        )
+
     def _remember_validations(self) -> None:
         for result in self._progress.validations:
             self._triggers.validated(result)
@@ -154,6 +250,9 @@ class Training:
     def close(self) -> None:
         """Complete what was started and end the loader."""
         signals.stop_listening()
+        self._world.activity.spans.end()  # where an error has ended the training
+        watch(self._settings.hang_seconds, "warn")
+        self._world.activity.enter(activity.OWN_CODE)
         self._loader.close()
         if self._plan_log is not None:
             self._plan_log.close()
@@ -166,9 +265,20 @@ class Training:
 
     def run(self) -> list[dict[str, Any]]:
         """Run all groups; returns the events of epochs and validations."""
+        try:
+            self._run()
+        except MpidlError as error:
+            if is_on_all_ranks(error):  # else the others may be anywhere, and the job ends
+                self._checkpoints.finish()
+            raise
+        return self._history
+
+    def _run(self) -> None:
+        self._tell_loss()
         self._record("start", **describe_start(self._facts()))
         self._warn_of_idle_ranks()
         if self._world.rank == 0 and self._settings.run_dir is not None:
+            take_away(self._settings.run_dir / FINISHED)
             settings, epochs = self._settings, self._triggers.epochs
             header = make_header(settings, self._world, self._num_samples, epochs)
             self._plan_log = PlanLog(self._settings.run_dir, header)
@@ -181,7 +291,14 @@ class Training:
             while following is not None:
                 following = self._run_group(following)
         self._finish()
-        return self._history
+
+    def _tell_loss(self) -> None:
+        """Record what was lost, and where the training goes on."""
+        if self._loss is None:
+            return
+        seconds = time.perf_counter() - self._loss.noticed
+        told = describe_recovery(self._loss.lost, self._world.size, self._first_iteration, seconds, self._source)
+        self._record("recovery", **told)
 
     def _warn_of_idle_ranks(self) -> None:
         settings, size = self._settings, self._world.size
@@ -198,6 +315,9 @@ class Training:
 
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due on its way; returns the next plan, None after the last."""
+        if self.memory is not None:
+            state = _Kept(self._progress.copy(), self._summary_sums.copy())
+            self.memory.keep(self._progress.iteration, state, self._clock)
         try:
             return self._run_iterations(plan)
         except NonFiniteLossError as error:
@@ -225,6 +345,9 @@ class Training:
             following = self._receive()  # behind its only iteration, reading could not run ahead
         seconds = 0.0
         for index in range(plan.num_iterations):
+            if self._tracing.is_due(self._progress.iteration):
+                self._executor.settle()
+                self._tracing.turn(self._progress.iteration)
             began = time.perf_counter()
             table = self._iterate(plan, index)
             if index == 0 and is_sent_ahead and following is None:
@@ -238,6 +361,8 @@ class Training:
                 if not is_end:
                     self._reports.gather(plan, index + 1, seconds)
                 return None
+            if self._progress.iteration > self._first_iteration + 1:  # the first one compiles and fills caches
+                self._stop_requests.took_iteration(time.perf_counter() - began)
         if plan.actions & Action.WAIT:
             self._send()
             following = self._receive()
@@ -245,12 +370,12 @@ class Training:
 
     def _send(self) -> None:
         """Start the broadcast of a plan."""
-        with self._coordination.timed():
+        with self._coordination.timed(), self._world.activity.spans.within(MAIN, "building and sending a plan"):
             self._channel.start()
 
     def _receive(self) -> GroupPlan:
         """Complete the broadcast of a plan, and let the loader read what it needs."""
-        with self._coordination.timed():
+        with self._coordination.timed(), self._world.activity.within(activity.PLAN):
             plan = self._channel.receive()
         return self._executor.accept(plan)
 
@@ -261,6 +386,8 @@ class Training:
             (dropped,) = np.nonzero(table[:, FLAGS].astype(int) & DROPPED)
             self._dropped += [(self._progress.iteration, tuple(dropped.tolist()))] if dropped.size else []
         self._reports.add(table)
+        self._checkpoints.poll()
+        self._clock = float(table[0, SECONDS])
         sums = table[:, [LOSS_SUM, WEIGHT, SAMPLES]].sum(axis=0)
         self._progress.epoch_sums += sums
         self._summary_sums += sums
@@ -317,6 +444,11 @@ class Training:
         sums, seconds = self._progress.epoch_sums, time.perf_counter() - self._epoch_began
         loss, samples = float(sums[0] / sums[1]), int(sums[2])
         self._event("epoch", loss=loss, samples=samples, seconds=seconds, **self._reports.drops("epoch"))
+        if self._settings.histograms:
+            self._executor.settle()
+            if self._world.rank == 0:
+                told = describe_histograms(self._settings.model)
+                self._record("histograms", epoch=self._epoch, iteration=self._progress.iteration, parameters=told)
 
     def _summarize(self) -> None:
         """Write down how the training goes: the loss since the last summary, the gradient's norm."""
@@ -342,7 +474,8 @@ class Training:
         began = time.perf_counter()
         if self._validation_loader is None:
             self._validation_loader = self._settings.open_validation_loader(self._validation)
-        result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
+        with self._world.activity.within(activity.VALIDATION):
+            result = self._settings.evaluate(self._world, self._validation, self._validation_loader)
         self._event("validation", **result, seconds=time.perf_counter() - began)
         kept = {"iteration": self._progress.iteration, **result}
         self._progress.validations.append(kept | {ONLY_AT_END: True} if only_at_end else kept)
@@ -354,17 +487,25 @@ class Training:
         self._did(Action.CHECKPOINT)
         self._executor.settle()
         self._write_down(plan)  # what the checkpoint holds, in case that this run is killed
-        fields = self._checkpoints.save(self._progress)
-        self._stop_requests.took_checkpoint(fields["seconds"])
-        self._record("checkpoint", **fields)
+        with self._world.activity.within(activity.CHECKPOINT):
+            self._checkpoints.save(self._progress)
+
+    def _tell_checkpoint(self, event: str, **fields: Any) -> None:
+        """One is complete, or something is wrong with one."""
+        if event == "checkpoint":
+            self._stop_requests.took_checkpoint(fields["seconds"])
+        self._record(event, **fields)
 
     def _stop(self, plan: GroupPlan, reason: str) -> None:
         """Keep what there is, and say how to go on."""
         self._executor.settle()
         kept = "nothing is kept, since there is no run directory"
         if self._settings.run_dir is not None:
+            with self._world.activity.within(activity.CHECKPOINT):
+                self._checkpoints.complete()
             if self._checkpoints.last_iteration != self._progress.iteration:
                 self._save(plan)
+            self._finish_checkpoints()
             kept = f"go on with resume=True, or mpidl train --resume {self._settings.run_dir}"
         self._stop_requests.obeyed()
         self.stopped = f"{reason} stopped all ranks after iteration {self._progress.iteration}; {kept}"
@@ -384,14 +525,26 @@ class Training:
 
     def _fail(self, error: NonFiniteLossError) -> None:
         """Say where the last good weights are, and record the end."""
+        with self._world.activity.within(activity.CHECKPOINT):
+            self._checkpoints.complete()
         last = self._checkpoints.last
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         advice = "; lower the learning rate, or look at that batch"
         error.args = (f"{error}; all ranks stopped there; {kept}{advice}",)
         self._record_end("failed", str(error), {})
 
+    def _finish_checkpoints(self) -> None:
+        """Raise on all ranks where what there is at the end could not be kept."""
+        with self._world.activity.within(activity.CHECKPOINT):
+            error = self._checkpoints.finish()
+        if error is not None:
+            self._record_end("failed", error, {})
+            raise on_all_ranks(CheckpointError(error))
+
     def _finish(self) -> None:
+        self._finish_checkpoints()
         done = self._progress.iteration
+        self._tracing.end(done)
         if self._replay is not None and not self._replay.has_ended and self.stopped is None:
             self.stopped = f"the plans that are repeated end after iteration {done}"
         found = describe_end(self._history, time.perf_counter() - self._began)
@@ -400,10 +553,11 @@ class Training:
             return
         weights = None
         run_dir = self._settings.run_dir
-        with self._world.agreed("writing the weights"):
+        with self._world.activity.within(activity.CHECKPOINT), self._world.agreed("writing the weights"):
             if run_dir is not None and self._world.rank == 0:
                 weights = run_dir / checkpoint.WEIGHTS
                 checkpoint.save_weights(self._settings.model.state_dict(), weights)
+                mark_finished(run_dir, done)
         is_early = done < self._triggers.total_iterations
         reason = "the run that is repeated did" if self._replay else f"end_when says: {self._settings.end_when}"
         message = f"ended early, as {reason}" if is_early else None
@@ -411,7 +565,9 @@ class Training:
 
     def _record_end(self, status: str, message: str | None, found: dict[str, Any]) -> None:
         done = self._progress.iteration
-        told = {"message": message} if message else {}
+        told: dict[str, Any] = {"message": message} if message else {}
+        if self._lost:
+            told["lost"] = self._lost
         self._record(
             "end",
             status=status,
@@ -429,6 +585,7 @@ class Training:
         settings = self._settings
         return {
             "manager": self._manager,
+            "places": self._world.gather_object(describe_place(self._world)),
             "batch_size": settings.batch_size,
             "group_size": settings.group_size,
             "reduction": settings.reduction,
@@ -440,7 +597,12 @@ class Training:
             "validation_samples": 0 if self._validation is None else len(self._validation),
             "triggers": self._triggers,
             "first_iteration": self._first_iteration,
+            "recovery": self.memory is not None,
+            "goes_on": self._loss is not None,
+            "lost": self._lost,
+            "elapsed_s": time.perf_counter() - self._began,
             "run_dir": _text(settings.run_dir),
+            "end_time": self._end_time,
         }
 
 
