@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,9 @@ REQUIRED = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
 """Variables in any case: no other interfaces are there, and the user is root."""
+
+KEEPER = "MPIDL_HOSTS_KEEPER"
+"""The variable in which whoever holds the lifeline of hosts that stay up has their record."""
 
 ENDING_S = 10.0
 """How long ranks may take to end when they are asked to."""
@@ -84,7 +88,7 @@ def mpirun_line(hosts: Hosts, args: argparse.Namespace) -> tuple[list[str], dict
     where = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, counts, strict=True) if count)
     options = (open_mpi if is_open_mpi else mpich)(where, str(Path(__file__).resolve().with_name("enter.sh")))
     inside = ["nsenter", "--target", str(hosts.pids[0]), "--net", "--uts", "--mount", f"--wdns={os.getcwd()}"]
-    return [*inside, mpirun, *options, "-n", str(sum(counts)), *args.command], env
+    return [*inside, mpirun, *options, *shlex.split(args.mpirun), "-n", str(sum(counts)), *args.command], env
 
 
 def mpich(where: str, agent: str) -> list[str]:
@@ -97,20 +101,28 @@ def open_mpi(where: str, agent: str) -> list[str]:
     return ["--prtemca", "plm_ssh_agent", agent, "--host", where, "--bind-to", "none"]
 
 
+def find_hosts(name: str) -> tuple[Hosts, int] | None:
+    """The hosts that `up` has made under this name, and their keeper."""
+    if (found := find(KEEPER, name)) is None:
+        return None
+    record, keeper = found
+    return Hosts(record["rate"], tuple(record["pids"])), keeper
+
+
 def command_up(args: argparse.Namespace) -> int:
     """Bring hosts up and leave them."""
-    if found := find(args.name):
+    if found := find_hosts(args.name):
         there = f"{len(found[0].names)} hosts named {args.name} are up already, at {found[0].rate}"
         raise HostsError(f"{there}; first: hosts.py down --name {args.name}")
     hosts, lifeline = bring_up(args.hosts, args.rate)
-    keep(hosts, args.name, lifeline)
+    keep(KEEPER, {"name": args.name, "rate": hosts.rate, "pids": hosts.pids}, lifeline)
     print(f"{', '.join(hosts.names)} at {args.rate}")
     return 0
 
 
 def command_run(args: argparse.Namespace) -> NoReturn:
     """Become mpirun."""
-    found = find(args.name)
+    found = find_hosts(args.name)
     if not found:
         raise HostsError(f"no hosts named {args.name} are up; first: hosts.py up 2 --name {args.name}")
     line, env = mpirun_line(found[0], args)
@@ -119,7 +131,7 @@ def command_run(args: argparse.Namespace) -> NoReturn:
 
 def command_down(args: argparse.Namespace) -> int:
     """Take down what `up` has made, and all that runs there."""
-    while found := find(args.name):
+    while found := find_hosts(args.name):
         take_down(*found)
     return 0
 
@@ -172,6 +184,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "--cores", choices=["share", "all"], default="share",
             help="share: each host has its share of the cores, or one in turn where hosts are more; all: no binding",
         )  # fmt: skip
+        each.add_argument("--mpirun", default="", help="more options of mpirun, such as --mpirun='--with-ft ulfm'")
     for name, each in {"up": up, "run": run, "down": down, "with": whole}.items():
         each.set_defaults(function=globals()[f"command_{name}"])
     args = parser.parse_args(argv[:cut])
@@ -182,9 +195,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A number of ranks."""
+    """A number of hosts or ranks."""
     if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number of ranks")
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
     return int(text)
 
 

@@ -22,9 +22,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HEAD, HEAD_ADDRESS, MAX_HOSTS = "head", "10.77.0.254", 253
 SWITCH = "switch"
@@ -34,7 +35,6 @@ INTERFACE = "eth0"
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "taskset": "util-linux",
          "mount": "mount", "hostname": "hostname"}  # fmt: skip
 """The commands that are needed, and their Debian packages."""
-KEEPER_VARIABLE = "MPIDL_HOSTS_KEEPER"
 GONE_S = 10.0
 """How long namespaces may take to be gone."""
 
@@ -65,25 +65,31 @@ class Hosts:
     rate: str
     """Of each link, as `tc` writes it."""
     pids: tuple[int, ...]
-    """Of the processes that hold the namespaces: the head's, then the hosts'."""
+    """Of the processes that hold the namespaces: the head's, then the hosts'; 0 of a host that is switched off."""
 
     @property
     def names(self) -> list[str]:
         """The hosts' names, without the head's."""
         return [f"host{number}" for number in range(1, len(self.pids))]
 
+    def pid_of(self, name: str) -> int:
+        """The process that holds a host's namespaces."""
+        if name not in self.names:
+            raise HostsError(f"there is no {name}; there are {', '.join(self.names)}")
+        return self.pids[1 + self.names.index(name)]
 
-def check_machine() -> None:
-    """Raise unless this is a machine, and a user, that can have emulated hosts."""
+
+def check_machine(tools: Mapping[str, str] = TOOLS) -> None:
+    """Raise unless this is a machine, and a user, that can have emulated hosts and has these commands."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise HostsError(
             'emulated hosts need Linux and root: sudo env "PATH=$PATH" hosts.py ...; where users may make namespaces, '
             "also: unshare --user --map-root-user hosts.py with ..."
         )
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        packages = " ".join(sorted({TOOLS[tool] for tool in missing}))
+        packages = " ".join(sorted({tools[tool] for tool in missing}))
         raise HostsError(f"no {', '.join(missing)} here; on Debian and Ubuntu: apt-get install {packages}")
 
 
@@ -96,8 +102,8 @@ def bring_up(num_hosts: int, rate: str) -> tuple[Hosts, int]:
     if not 1 <= num_hosts <= MAX_HOSTS:
         raise HostsError(f"{num_hosts} hosts; allowed are 1 to {MAX_HOSTS}")
     end, lifeline = os.pipe()
-    names = [HEAD, *(f"host{number}" for number in range(1, num_hosts + 1))]
-    table = "\n".join(["127.0.0.1 localhost", *(f"{address(name)} {name}" for name in names)])
+    hosts = [f"host{number}" for number in range(1, num_hosts + 1)]
+    names, table = [HEAD, *hosts], table_of(hosts)
     try:
         holders = [start_holder(name, table, end) for name in names]
         os.close(end)
@@ -108,6 +114,11 @@ def bring_up(num_hosts: int, rate: str) -> tuple[Hosts, int]:
         os.close(lifeline)
         raise
     return Hosts(rate, tuple(holder.pid for holder in holders)), lifeline
+
+
+def table_of(hosts: Sequence[str]) -> str:
+    """What becomes /etc/hosts everywhere."""
+    return "\n".join(["127.0.0.1 localhost", *(f"{address(name)} {name}" for name in (HEAD, *hosts))])
 
 
 def address(name: str) -> str:
@@ -137,17 +148,21 @@ def wait_until_ready(holder: subprocess.Popen[str]) -> None:
 
 def connect(pids: Sequence[int], rate: str) -> None:
     """Join the hosts by a switch, with limited links."""
-    limit = f"root tbf rate {rate} burst 256kb latency 50ms"
     head, *hosts = pids
     configure(head, "ip", f"link add {SWITCH} type bridge", f"address add {HEAD_ADDRESS}/24 dev {SWITCH}")
     configure(head, "ip", f"link set {SWITCH} up")
     for number, pid in enumerate(hosts, start=1):
-        name = f"host{number}"
-        configure(head, "ip", f"link add {name} type veth peer name {INTERFACE} netns {pid}")
-        configure(head, "ip", f"link set {name} master {SWITCH} up")
-        configure(pid, "ip", f"address add {address(name)}/24 dev {INTERFACE}", f"link set {INTERFACE} up")
-        configure(head, "tc", f"qdisc add dev {name} {limit}")
-        configure(pid, "tc", f"qdisc add dev {INTERFACE} {limit}")
+        link(head, f"host{number}", pid, rate)
+
+
+def link(head: int, name: str, pid: int, rate: str) -> None:
+    """Plug one host into the switch."""
+    limit = f"root tbf rate {rate} burst 256kb latency 50ms"
+    configure(head, "ip", f"link add {name} type veth peer name {INTERFACE} netns {pid}")
+    configure(head, "ip", f"link set {name} master {SWITCH} up")
+    configure(pid, "ip", f"address add {address(name)}/24 dev {INTERFACE}", f"link set {INTERFACE} up")
+    configure(head, "tc", f"qdisc add dev {name} {limit}")
+    configure(pid, "tc", f"qdisc add dev {INTERFACE} {limit}")
 
 
 def configure(pid: int, tool: str, *lines: str) -> None:
@@ -159,14 +174,64 @@ def configure(pid: int, tool: str, *lines: str) -> None:
         raise HostsError(f"{tool} does not take `{'; '.join(lines)}`: {reason}")
 
 
+def switch_off(hosts: Hosts, name: str) -> Hosts:
+    """End a host and all that runs on it at once, as a power failure does; its number may be another process's then."""
+    pid = hosts.pid_of(name)
+    if not is_running(pid):
+        raise HostsError(f"{name} is off")
+    end = os.pidfd_open(pid)
+    configure(hosts.pids[0], "ip", f"link delete {name}")  # with the host's end; the kernel would take its time over it
+    os.kill(pid, signal.SIGKILL)
+    wait_until_gone([end], hosts)
+    return with_pid(hosts, name, 0)
+
+
+def switch_on(hosts: Hosts, name: str) -> Hosts:
+    """Start a host again that is off."""
+    head = hosts.pids[0]
+    if is_running(hosts.pid_of(name)):
+        raise HostsError(f"{name} is on")
+    end = os.open(f"/proc/{head}/fd/0", os.O_RDONLY)  # of the lifeline, as all holders have it
+    holder = start_holder(name, table_of(hosts.names), end)
+    os.close(end)
+    wait_until_ready(holder)
+    link(head, name, holder.pid, hosts.rate)
+    return with_pid(hosts, name, holder.pid)
+
+
+def with_pid(hosts: Hosts, name: str, pid: int) -> Hosts:
+    """The same hosts, but that another process holds one of them, or none: 0."""
+    pids = list(hosts.pids)
+    pids[1 + hosts.names.index(name)] = pid
+    return Hosts(hosts.rate, tuple(pids))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process, not 0, that has not ended, reaped or not."""
+    if not pid:
+        return False
+    try:
+        end = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    has_ended = bool(select.select([end], [], [], 0.0)[0])
+    os.close(end)
+    return not has_ended
+
+
 def take_down(hosts: Hosts, holder: int | None) -> None:
     """Wait until the hosts are gone, whose lifeline is closed, or held by the process `holder`, which is ended."""
     ends = []
-    for pid in hosts.pids:
+    for pid in filter(None, hosts.pids):
         with contextlib.suppress(ProcessLookupError):
             ends.append(os.pidfd_open(pid))
     if holder is not None:
         os.kill(holder, signal.SIGKILL)
+    wait_until_gone(ends, hosts)
+
+
+def wait_until_gone(ends: Sequence[int], hosts: Hosts) -> None:
+    """Return when the processes behind these descriptors have ended; closes them."""
     deadline = time.monotonic() + GONE_S
     for end in ends:
         if not select.select([end], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -174,23 +239,22 @@ def take_down(hosts: Hosts, holder: int | None) -> None:
         os.close(end)
 
 
-def keep(hosts: Hosts, name: str, lifeline: int) -> None:
+def keep(variable: str, record: Mapping[str, Any], lifeline: int) -> None:
     """Leave the lifeline to a process of its own, which has in its environment what `find` reads."""
-    record = json.dumps({"name": name, "rate": hosts.rate, "pids": hosts.pids})
     subprocess.Popen(
-        ["sleep", "infinity"], env={"PATH": os.environ["PATH"], KEEPER_VARIABLE: record}, pass_fds=[lifeline],
+        ["sleep", "infinity"], env={"PATH": os.environ["PATH"], variable: json.dumps(record)}, pass_fds=[lifeline],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
     )  # fmt: skip
 
 
-def find(name: str) -> tuple[Hosts, int] | None:
-    """The hosts that `up` has made under this name, and their keeper."""
-    mark = f"{KEEPER_VARIABLE}=".encode()
+def find(variable: str, name: str) -> tuple[dict[str, Any], int] | None:
+    """The record that was kept under this name, and its keeper."""
+    mark = f"{variable}=".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for variable in (entry / "environ").read_bytes().split(b"\0"):
-                if variable.startswith(mark):
-                    record = json.loads(variable.removeprefix(mark))
+            for each in (entry / "environ").read_bytes().split(b"\0"):
+                if each.startswith(mark):
+                    record: dict[str, Any] = json.loads(each.removeprefix(mark))
                     if record["name"] == name:
-                        return Hosts(record["rate"], tuple(record["pids"])), int(entry.name)
+                        return record, int(entry.name)
     return None
