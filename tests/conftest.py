@@ -37,6 +37,7 @@ import pytest
 
 import mpidl.runtime
 from mpidl.errors import LaunchError
+from mpidl.runtime import faults
 
 if TYPE_CHECKING:
     from mpidl.runtime import World
@@ -211,12 +212,28 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     ranks = Ranks()
     config.stash[RANKS] = ranks
+    _tell_who_ends_all(config.stash[STDERR])
     if config.option.basetemp is None:
         # A folder of this rank's own: where several ranks clear pytest's old ones away at once, some fail over it.
         config.option.basetemp = tempfile.mkdtemp(prefix="mpidl-tests-")
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
     if ranks.rank != 0:
         config.option.xmlpath = None  # one report file
+
+
+def _tell_who_ends_all(stderr: int) -> None:
+    """A test that ends the job by mpidl's own means leaves neither report nor output: say at least which it was."""
+    job = faults._job
+    assert job is not None
+    rank, abort = job.rank, job.abort
+
+    def told(code: int) -> None:
+        test = os.environ.get("PYTEST_CURRENT_TEST")
+        os.write(stderr, f"\nrank {rank}: all ranks are ended with code {code} in {test}\n".encode())
+        time.sleep(DRAIN_S)
+        abort(code)
+
+    job.abort = told
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

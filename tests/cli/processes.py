@@ -22,14 +22,15 @@ class Watched:
 
     Attributes:
         env: to start the job with.
+        folders: what it has of its own: in shared memory, and for temporary files.
     """
 
     def __init__(self, folder: Path) -> None:
         self._mark = f"{MARK}={folder}".encode()
-        self._folders = [folder / "shared memory", folder / "temporary"]
-        for path in self._folders:
+        self.folders = [folder / "shared memory", folder / "temporary"]
+        for path in self.folders:
             path.mkdir()
-        shared, temporary = map(str, self._folders)
+        shared, temporary = map(str, self.folders)
         self.env = {MARK: str(folder), "MPIDL_SHM_DIR": shared, "TMPDIR": temporary}
 
     def processes(self) -> list[int]:
@@ -50,7 +51,7 @@ class Watched:
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not self.processes(), ended.output
-        left = [path for folder in self._folders for path in folder.glob("mpidl*")]
+        left = [path for folder in self.folders for path in folder.glob("mpidl*")]
         assert not left, ended.output
 
 

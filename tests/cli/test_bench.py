@@ -19,6 +19,8 @@ MISTAKES = {
     "model": (["sync", "--model", "vgg"], "unknown model 'vgg'"),
     "step's model": (["step", "--model", "vgg"], "allowed are digits_cnn"),
     "earlier figures": (["plan", "--with", "no.json"], "--with no.json cannot be read"),
+    "global batch": (["scaling", "--global-batch", "1"], "1 sample(s) of --global-batch but 2 ranks"),
+    "folder": (["checkpoint", "--folder", "no/folder"], "no/folder/mpidl-bench-checkpoint cannot be made"),
     "file": (["kernels", "--json", "no/folder/x.json"], "there is no folder no/folder"),
 }
 
@@ -33,6 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed,
         "step": ["step", *few, "--model", "lenet5", "--batch", "4", "--iterations", "2", "--optimizer", "adam"],
         "kernels": ["kernels", *few, "--millions", "0.02"],
         "balance": ["balance", *few, "--partitions", "6"],
+        "checkpoint": ["checkpoint", *few, "--millions", "0.02", "--folder", str(folder)],
         "plan": ["plan", *few, "--group-sizes", "1,5", "--partitions", "4", "--picture", str(folder / "plan.png")],
     }
     commands = {name: ["bench", *line, "--json", str(folder / f"{name}.json")] for name, line in lines.items()}
@@ -57,7 +60,7 @@ def document(measured: tuple[Path, Completed, Told], name: str) -> dict[str, Any
     ("name", "ways"),
     [
         ("sync", {"copy", *exchange_ways.WAYS} - set(horovod.unusable())),
-        ("step", {step_ways.ALONE, *step_ways.WAYS} - set(horovod.unusable())),
+        ("step", {step_ways.ALONE, step_ways.ONE, *step_ways.WAYS} - set(horovod.unusable())),
         ("kernels", {"copy", *kernels.WAYS}),
         ("balance", {"stay", "move"}),
     ],
@@ -72,7 +75,7 @@ def test_every_way_has_a_row_with_time_spread_and_limit(
         low, high = row["spread"]
         assert 0 < low <= row["seconds"] <= high
         assert row["limit_seconds"] > 0
-        assert (row["ranks"], row["nodes"]) == (2, 1)
+        assert (row["ranks"], row["nodes"]) == (1 if row["way"] == step_ways.ONE else 2, 1)
     printed = measured[1].stdout
     assert printed.count(f"bench {name}") == 1, "once, from one rank"
 
@@ -94,7 +97,8 @@ def test_step_tells_where_an_iteration_s_time_goes(measured: tuple[Path, Complet
     rows = {row["way"]: row for row in document(measured, "step")["rows"]}
     alone = rows[step_ways.ALONE]
     for row in rows.values():
-        assert row["images_per_s"] == pytest.approx(8 / row["seconds"])
+        samples = 4 if row["way"] == step_ways.ONE else 8
+        assert row["samples_per_s"] == pytest.approx(samples / row["seconds"])
         assert row["exposed_seconds"] == pytest.approx(row["seconds"] - alone["seconds"])
         assert row["more_cpu_seconds"] == pytest.approx(row["cpu_seconds"] - alone["cpu_seconds"])
         assert set(row["phases"]) == set(step_ways.PHASES)
@@ -102,6 +106,17 @@ def test_step_tells_where_an_iteration_s_time_goes(measured: tuple[Path, Complet
         assert row["phases"]["backward"] > 0
     assert rows["mpidl-ordered"]["phases"]["update"] > 0
     assert rows["mpidl-ordered"]["phases"]["wait"] > 0
+
+
+def test_a_checkpoint_is_written_read_and_beside_its_limits(measured: tuple[Path, Completed, Told]) -> None:
+    rows = document(measured, "checkpoint")["rows"]
+    found = {(row["case"].split(":")[0], row["way"]) for row in rows}
+    peers = {"torch.save", "torch-dcp", "torch-dcp-async"}
+    assert {way for case, way in found if case == "written"} == {"dd", "plain-writes", "mpidl"} | peers
+    assert {way for case, way in found if case == "pause"} == {"copy", "mpidl"} | peers
+    assert {way for case, way in found if case == "read"} == {"dd", "plain-reads", "mpidl"}
+    assert {row["bytes"] for row in rows} == {3 * 4 * 20_000}
+    assert not (measured[0] / "mpidl-bench-checkpoint").exists()
 
 
 def test_the_picture_is_drawn(measured: tuple[Path, Completed, Told]) -> None:

@@ -67,14 +67,15 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_a_run_directory_holds_configuration_events_checkpoints_and_weights(trained: tuple[Path, Completed]) -> None:
     run_dir, _ = trained
     found = sorted(path.name for path in run_dir.iterdir())
-    assert found == ["checkpoints", "config.toml", "metrics.jsonl", "plans.jsonl", "weights.safetensors"]
+    assert found == ["FINISHED", "checkpoints", "config.toml", "metrics.jsonl", "plans.jsonl", "weights.safetensors"]
     checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert checkpoints == ["epoch-000001", "epoch-000002", "epoch-000003"]
     kinds = [json.loads(line)["event"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
-    per_epoch = ["epoch", "validation", "checkpoint"]
-    assert [kind for kind in kinds[1:-1] if kind not in ("group", "balance")] == 3 * per_epoch
+    per_epoch = ["epoch", "validation"]  # a checkpoint is told when it is on disk
+    assert [kind for kind in kinds[1:-1] if kind not in ("group", "balance", "checkpoint")] == 3 * per_epoch
+    assert kinds.count("checkpoint") == 3
     for validation in events(run_dir, "validation"):
         assert 0 <= validation["accuracy"] <= 1
         assert validation["samples"] == 360
@@ -89,7 +90,17 @@ def test_the_resolved_configuration_is_defaults_then_file_then_flags(trained: tu
     of_defaults = {"seed": 0, "group_size": "auto", "reduction": "ordered", "validate_every": 1}
     expected = of_defaults | of_file | of_flags
     assert {name: resolved[name] for name in expected} == expected
-    unset = {"data_dir", "clip_norm", "clip_value", "drop_budget_s", "end_when", "max_seconds"}
+    unset = {
+        "data_dir",
+        "clip_norm",
+        "clip_value",
+        "drop_budget_s",
+        "end_when",
+        "max_seconds",
+        "keep_last",
+        "keep_every",
+        "on_event",
+    }
     assert set(resolved) | unset == set(configuration.field_names())
 
 
@@ -140,7 +151,9 @@ def test_a_run_s_plans_are_shown_and_repeated_to_the_bits(trained: tuple[Path, C
     run_dir, _ = trained
     shown = mpidl_on(2, "plan", "show", str(run_dir)).check()
     assert shown.stdout.count("validate") == 3, "once, from one rank"
-    assert "69: end epoch, validate" in " ".join(shown.stdout.replace("|", " ").split())
+    # The last column, with the lines of wrapped cells joined: long learning rates in groups cut short make it narrow.
+    then = [line.split("|")[-2] for line in shown.stdout.splitlines() if line.count("|") > 2]
+    assert "69: end epoch, validate" in " ".join(" ".join(then).split())
     again = tmp_path / "again"
     mpidl_on(3, "train", "--replay", str(run_dir), "--run-dir", str(again)).check()
     assert (again / "weights.safetensors").read_bytes() == (run_dir / "weights.safetensors").read_bytes()
@@ -205,14 +218,14 @@ def test_what_is_not_there_is_named(trained: tuple[Path, Completed], tmp_path: P
         "no such epoch": (["export", str(run_dir), "--checkpoint", "7"], "checkpoints there: 1, 2, 3"),
         "no run to export": (["export", str(tmp_path)], "does not hold a checkpoint"),
         "no run to evaluate": (["evaluate", str(tmp_path)], "is not a run directory"),
-        "no such command": (["trian"], "'train'"),
+        "no such command": (["trian"], "did you mean train?"),
         "no command": ([], "COMMAND"),
         "no checkpoint": (["evaluate", str(run_dir), "--weights", str(tmp_path)], "does not hold a checkpoint"),
     }
     _, told = run_commands(1, tmp_path, {name: args for name, (args, _) in cases.items()})
     for name, (_, expected) in cases.items():
         codes, errors = told[name]
-        assert codes == [2], errors
+        assert codes == [4 if "checkpoint" in expected else 2], errors
         assert errors.count("mpidl: error: ") == 1
         assert expected in errors
         assert "Traceback" not in errors
@@ -225,9 +238,9 @@ def test_what_is_not_there_is_named(trained: tuple[Path, Completed], tmp_path: P
 def test_doctor_finds_nothing_wrong_here(n: int) -> None:
     ended = mpidl_on(n, "doctor") if n else run([*MPIDL, "doctor"])
     ended.check()
-    assert "error: " not in ended.output
+    assert "problem: " not in ended.output
     assert ended.stdout.count("mpidl doctor") == 1
-    for fact in ("MPI library", "mpirun", "/dev/shm free", "threads a rank", mpidl.__version__):
+    for fact in ("MPI library", "mpirun", "shared memory free", "threads a rank", mpidl.__version__):
         assert fact in ended.stdout
     rows = [line for line in ended.stdout.splitlines() if line.startswith("| ranks")]
     assert rows == [] or str(max(n, 1)) in rows[0]

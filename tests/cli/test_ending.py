@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,45 @@ print("have ended")
     ended = launch(2, [sys.executable, "-c", code], env=watched.env)
     assert ended.returncode != 0, ended.output
     assert ended.stderr.count("RuntimeError: this rank has failed") == 1, ended.output
+    assert "have ended" not in ended.stdout
+    watched.check_nothing_is_left(ended)
+
+
+def test_an_exception_between_two_buckets_that_travel_ends_the_job_of_all_nodes(tmp_path: Path) -> None:
+    code = """
+import functools, mpidl, torch
+from mpidl.parameters.pipeline import Pipeline
+
+announced, announce = [], Pipeline.announce
+Pipeline.announce = lambda pipeline, index: (announced.append(index), announce(pipeline, index))
+fails = False
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if fails:
+            raise RuntimeError(f"this rank has failed after {len(announced)} buckets")
+        return gradient
+
+layers = [torch.nn.Linear(600, 600) for _ in range(6)]  # each more than the smallest bucket
+model = torch.nn.Sequential(*layers)
+manager = mpidl.ParameterManager(model, functools.partial(torch.optim.SGD, lr=0.1))
+for iteration in range(4):
+    fails, announced[:] = iteration == 3 and mpidl.rank() == 1, []
+    back = torch.nn.Sequential(*layers[3:])
+    back(Failing.apply(torch.nn.Sequential(*layers[:3])(torch.randn(2, 600)))).square().mean().backward()
+    manager.step(wait=False)
+print("have ended")
+"""
+    watched = Watched(tmp_path)
+    ended = launch(3, [sys.executable, "-c", code], env={**watched.env, "MPIDL_EMULATED_NODES": "3"}, timeout=60.0)
+    assert ended.returncode != 0, ended.output
+    (told,) = re.findall(r"RuntimeError: this rank has failed after (\d+) buckets", ended.stderr)
+    assert int(told) >= 2, ended.output
     assert "have ended" not in ended.stdout
     watched.check_nothing_is_left(ended)
 

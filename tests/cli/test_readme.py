@@ -1,9 +1,10 @@
-"""README.md is run: its Python blocks, its commands, and its links into the repository."""
+"""README.md and pages of docs/ are run: their programs, their commands, and their links into the repository."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from tests.launch import ROOT, launch, run
 
 README = ROOT / "README.md"
 TIMEOUT_S = 240.0
-COMMANDS = ("mpirun", "mpidl", "python")
+COMMANDS = ("mpirun", "mpidl", "python", "torchrun", "cmp")
+PAGES = ("getting-started", "own-loop", "reproducibility", "coming-from")
+"""Of docs/: those with programs of their own; files are named in their first lines."""
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*\Z")
 LINK = re.compile(r"\]\((?!\w+:|#)(?P<path>[^)#\s]+)")
@@ -29,8 +32,8 @@ class Block:
     text: str
 
 
-def blocks(*languages: str) -> list[Block]:
-    text = README.read_text() if README.exists() else ""
+def blocks(*languages: str, page: Path = README) -> list[Block]:
+    text = page.read_text()
     found = []
     for match in FENCE.finditer(text):
         if match["language"] in languages and not NOT_RUN.search(text[: match.start()]):
@@ -69,12 +72,17 @@ def test_readme_has_something_to_run() -> None:
 
 @pytest.mark.parametrize("command", [command for _, command in SHELL], ids=[f"line {line}: {c}" for line, c in SHELL])
 def test_a_command_of_readme_works(command: str, folder: Path) -> None:
+    assert_command_works(command, folder)
+
+
+def assert_command_works(command: str, folder: Path) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "mpirun":
         assert words[1] == "-n", f"how many ranks? {command}"
-        launch(int(words[2]), words[3:], timeout=TIMEOUT_S, cwd=folder).check()
+        ended = launch(int(words[2]), words[3:], timeout=TIMEOUT_S, cwd=folder)
     else:
-        run([_executable(words[0]), *words[1:]], timeout=TIMEOUT_S, cwd=folder).check()
+        ended = run([_executable(words[0]), *words[1:]], timeout=TIMEOUT_S, cwd=folder)
+    assert ended.returncode == 0, ended.output
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[f"line {block.line}" for block in PYTHON])
@@ -82,7 +90,22 @@ def test_a_python_block_of_readme_works(block: Block, folder: Path) -> None:
     # A file, as a reader would save it: programs that start other processes are imported by them.
     script = folder / f"readme_line_{block.line}.py"
     script.write_text(block.text)
-    run([sys.executable, script], timeout=TIMEOUT_S, cwd=folder).check()
+    ended = run([sys.executable, script], timeout=TIMEOUT_S, cwd=folder)
+    assert ended.returncode == 0, ended.output
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_s_programs_and_commands_work_from_top_to_bottom(name: str, tmp_path: Path) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    for block in blocks("python", "toml", page=page):
+        file = re.match(r"# (\S+\.(py|toml))\n", block.text)
+        assert file, f"{page.name}, line {block.line}: what is this file's name?"
+        (tmp_path / file[1]).write_text(block.text)
+    to_run = [command for block in blocks("console", page=page) for command in commands(block)]
+    assert to_run, f"{page.name} has no command that is run"
+    for command in to_run:
+        assert_command_works(command, tmp_path)
 
 
 def test_links_into_the_repository_lead_somewhere() -> None:
@@ -94,4 +117,5 @@ def test_links_into_the_repository_lead_somewhere() -> None:
 
 def _executable(name: str) -> Path:
     """The command of this environment, whatever PATH says."""
-    return Path(sys.prefix) / "bin" / name
+    own = Path(sys.prefix) / "bin" / name
+    return own if own.exists() else Path(shutil.which(name) or name)

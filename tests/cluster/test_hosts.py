@@ -258,7 +258,7 @@ def test_a_missing_tool_is_named_with_its_package() -> None:
         (["with", "2", "--rate", "fast", "--", "true"], "rate fast burst"),
         (["with", "0", "--", "true"], "0 hosts; allowed are 1 to 253"),
         (["with", "2", "-n", "5", "--per-host", "2", "--", "true"], "5 ranks do not fit on 2 hosts with 2 each"),
-        (["with", "2", "-n", "0", "--", "true"], "0 is no number of ranks"),
+        (["with", "2", "-n", "0", "--", "true"], "0 is no number above 0"),
         (["with", "2"], "no command; write it behind --"),
     ],
 )  # fmt: skip

@@ -115,6 +115,20 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return image + 0.1 * torch.randn(image.shape), self.labels[index]
 
 
+class Kept(Telemetry):
+    """Events in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(None, quiet=True)
+        self.events: list[dict[str, Any]] = []
+
+    def record(self, event: str, **fields: object) -> None:
+        self.events.append({"event": event, **fields})
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [each for each in self.events if each["event"] == event]
+
+
 def job_of(*arrays: torch.Tensor, **changes: Any) -> Job:
     """Classification of these arrays, by default two epochs of SGD with momentum in batches of 32."""
     settings: dict[str, Any] = {

@@ -16,27 +16,24 @@ import mpidl.planning
 from mpidl.parameters import Assignment, ParameterManager
 from mpidl.parameters.exchange import Exchange
 from mpidl.runtime import SharedMemoryError, World
-from mpidl.telemetry import Telemetry
 from tests.mpi import reference
-from tests.mpi.cases import ADAM, NUM_CLASSES, NUM_FEATURES, SGD, classes, dense, job_of, made, normalised, trainer_of
+from tests.mpi.cases import (
+    ADAM,
+    NUM_CLASSES,
+    NUM_FEATURES,
+    SGD,
+    Kept,
+    classes,
+    dense,
+    job_of,
+    made,
+    normalised,
+    trainer_of,
+)
 from tests.mpi.test_trainer import assert_bits_of_the_oracle
 from tests.mpi.worlds import as_the_world, node_layouts
 
 pytestmark = pytest.mark.thorough
-
-
-class Kept(Telemetry):
-    """Events in a list."""
-
-    def __init__(self) -> None:
-        super().__init__(None, quiet=True)
-        self.events: list[dict[str, Any]] = []
-
-    def record(self, event: str, **fields: object) -> None:
-        self.events.append({"event": event, **fields})
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [each for each in self.events if each["event"] == event]
 
 
 class Wanderer:

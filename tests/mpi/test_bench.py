@@ -11,7 +11,7 @@ import torch
 
 from mpidl import cli
 from mpidl.bench import control, gloo, horovod, limits, plan, step, sync
-from mpidl.bench.cases import OPTIMIZERS, Exchanged, batch_for, build_model
+from mpidl.bench.cases import OPTIMIZERS, Batches, Exchanged, build_model
 from mpidl.bench.central import Central
 from mpidl.bench.control import ControlOnly, Groups
 from mpidl.bench.exchange_ways import WAYS, GlooAllreduce
@@ -60,8 +60,9 @@ def test_all_ways_give_the_weights_of_a_float64_optimizer(world: World, optimize
             with with_nodes(world, sizes) as other:
                 exchanged = Exchanged.of("x", SHAPES, OPTIMIZERS[optimizer], other.rank)
                 ways = {name: make(other, exchanged) for name, make in WAYS.items() if name not in unusable}
-                sync.check(other, exchanged, ways)
-                for way in ways.values():
+                sync.check(other, exchanged, ways)  # raises where one is not
+                for name, way in ways.items():
+                    assert not torch.equal(way.parameters[0], exchanged.weights[0]), f"{name} has made no step"
                     way.close()
 
 
@@ -79,11 +80,12 @@ def test_a_way_that_leaves_ranks_out_is_found_on_all_ranks(world: World) -> None
 
 def test_a_way_that_trains_otherwise_is_found_by_its_losses(world: World) -> None:
     model = build_model("lenet5")
-    batch = batch_for(model, 4, world.rank)
     with gloo.group(world):
         makers = {ALONE: Alone, "right": Ddp, "wrong": Forgets}
         loops = {
-            name: step.Loop(world, make(world, build_model("lenet5"), OPTIMIZERS["sgd"]), batch, 1)
+            name: step.Loop(
+                world, make(world, build_model("lenet5"), OPTIMIZERS["sgd"]), Batches(model, 4, world.rank), 1
+            )
             for name, make in makers.items()
         }
         with pytest.raises(DisagreementError, match="the first losses of wrong are .* those of right") as caught:

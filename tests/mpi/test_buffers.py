@@ -79,6 +79,16 @@ def test_all_ranks_hold_the_same_statistics_after_every_iteration(world: World) 
     manager.close()
 
 
+def test_an_iteration_without_samples_leaves_the_statistics_as_they_were(world: World) -> None:
+    model = made(batch_norm)
+    manager = train(world, model, 2)
+    before = {name: bits(buffer) for name, buffer in model.named_buffers()}
+    model(inputs_of(world.rank, 2)).square().mean().backward()
+    assert manager.step(num_samples=0) == 0
+    assert {name: bits(buffer) for name, buffer in model.named_buffers()} == before
+    manager.close()
+
+
 def test_forward_in_evaluation_mode_between_iterations_has_no_effect(world: World) -> None:
     model, undisturbed = made(batch_norm), made(batch_norm)
     manager, other = mpidl.ParameterManager(model, SGD), mpidl.ParameterManager(undisturbed, SGD)

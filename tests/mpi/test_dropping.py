@@ -17,15 +17,26 @@ from mpidl.errors import ConfigError
 from mpidl.runtime import World
 from mpidl.scheduling import read_recording
 from tests.mpi import reference
-from tests.mpi.cases import ADAM, SGD, Augmented, classes, convolutional, dense, job_of, made, normalised, trainer_of
+from tests.mpi.cases import (
+    ADAM,
+    SGD,
+    Augmented,
+    Kept,
+    classes,
+    convolutional,
+    dense,
+    job_of,
+    made,
+    normalised,
+    trainer_of,
+)
 from tests.mpi.reference import Job, differing
-from tests.mpi.test_balance import Kept
 from tests.mpi.test_trainer import assert_bits_of_the_oracle
 from tests.mpi.worlds import as_the_world, node_layouts
 
 pytestmark = pytest.mark.thorough
 
-LATE_S = 0.25
+LATE_S = 0.5
 PER_RANK = 4
 
 

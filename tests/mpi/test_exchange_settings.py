@@ -71,7 +71,10 @@ def difference(model: nn.Module, twin: nn.Module) -> float:
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAM])
 @pytest.mark.parametrize("bounds", [{"clip_norm": 0.5}, {"clip_value": 0.01}, {"clip_norm": 0.3, "clip_value": 0.02}])
-def test_clipping_is_torch_s_on_any_nodes(world: World, optimizer: Any, bounds: dict[str, float]) -> None:
+def test_clipping_is_torch_s_on_any_nodes(
+    world: World, optimizer: Any, bounds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synchronizer, "SLICE_SIZE", 4096)  # several to a shard
     norms: list[float] = []
 
     def clip(parameters: list[nn.Parameter]) -> None:
@@ -191,15 +194,26 @@ def test_the_threads_that_share_the_sums_change_no_bit(
     monkeypatch.setattr(Helpers, "ask", asking)
     for sizes in node_layouts(world):
         with with_nodes(world, sizes) as other:
-            expected, _ = trained(other, 3, SGD, **settings)
+            expected, expected_norms = trained(other, 3, SGD, **settings)
             assert not helped
             for threads in (2, 3):
                 several = dataclasses.replace(other, threads_per_rank=threads)  # torch keeps one
-                model, _ = trained(several, 3, SGD, **settings)
+                model, norms = trained(several, 3, SGD, **settings)
                 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+                assert norms == expected_norms
             # Between nodes only if this thread waits when messages are packed; the last shard may be too small.
             assert helped or len(sizes) > 1 or world.rank > 0
             helped.clear()
+
+
+def test_threads_share_the_sums_of_an_mpi_reduction_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpidl.parameters.team.PART_SIZE", 4096)
+    for sizes in node_layouts(world):
+        with with_nodes(world, sizes) as other:
+            expected, _ = trained(other, 2, SGD, reduction="mpi")
+            several = dataclasses.replace(other, threads_per_rank=3)
+            model, _ = trained(several, 2, SGD, reduction="mpi")
+            assert difference(model, expected) < 1e-6
 
 
 def test_the_bucket_size_settles_on_the_fastest_of_the_slowest_rank(
@@ -315,11 +329,13 @@ def test_ranks_with_other_settings_are_refused_on_all(world: World, name: str) -
         mpidl.ParameterManager(made(dense), SGD, **settings)
 
 
-def test_an_exception_of_one_rank_s_optimizer_leaves_no_rank_of_its_node_waiting(world: World) -> None:
+@pytest.mark.parametrize("threads", [True, False])
+def test_an_exception_of_one_rank_s_optimizer_leaves_no_rank_of_its_node_waiting(world: World, threads: bool) -> None:
     # Two ranks on a node of several: the one that raises must not wait for the other, which waits for it.
     if world.size < 3:
         pytest.skip("needs a node of two ranks and another node")
     with with_nodes(world, (2,) + (1,) * (world.size - 2)) as other:
+        other = dataclasses.replace(other, takes_threads=threads and world.takes_threads)
         model = made(dense)
         manager = mpidl.ParameterManager(model, SGD, world=other)
         backward(model, world.rank, 0)

@@ -46,7 +46,7 @@ class Pair:
         self.plain = optimizer(groups(self.twin) if groups else [p for p in self.twin.parameters() if p.requires_grad])
         self.iteration = 0
 
-    def run(self, iterations: int) -> None:
+    def assert_trains_alike(self, iterations: int) -> None:
         """Train both, and compare all weights and buffers after every iteration."""
         world = self.manager.world
         for _ in range(iterations):
@@ -70,7 +70,7 @@ def test_a_model_of_fewer_parameters_than_a_shard_trains_as_in_plain_pytorch(wor
     assert pair.manager.layout.num_elements == 23
     shards = world.allgather_object(pair.manager.shard_runs)
     assert sum(bool(runs) for runs in shards) == 1  # the others hold nothing
-    pair.run(4)
+    pair.assert_trains_alike(4)
     pair.manager.close()
 
 
@@ -87,7 +87,7 @@ class OneNumber(nn.Module):
 
 def test_a_single_scalar_parameter_trains_as_in_plain_pytorch(world: World) -> None:
     pair = Pair(OneNumber, ADAM)
-    pair.run(4)
+    pair.assert_trains_alike(4)
     assert pair.model.get_parameter("factor").shape == ()
     pair.manager.close()
 
@@ -99,7 +99,7 @@ def test_shards_are_spread_over_all_ranks_where_the_model_is_large_enough(world:
     if len(pair.manager.world.node_sizes) == 1:
         assert [runs[0][0] for runs in shards[1:]] == [runs[0][1] for runs in shards[:-1]]
     assert sum(stop - start for runs in shards for start, stop in runs) == pair.manager.layout.size
-    pair.run(1)
+    pair.assert_trains_alike(1)
     state = list(pair.manager.optimizer.state.values())
     assert sum(entry["exp_avg"].numel() for entry in state) == sum(stop - start for start, stop in shards[world.rank])
     pair.manager.close()
@@ -126,7 +126,7 @@ class Tied(nn.Module):
 def test_tied_parameters_are_one_and_stay_tied(world: World) -> None:
     pair = Pair(Tied, ADAM)
     assert pair.manager.layout.num_elements == 300 * NUM_FEATURES + 300 * 301
-    pair.run(3)
+    pair.assert_trains_alike(3)
     names = {"encoder.weight", "decoder.weight", "middle.weight", "again.weight"}
     assert names <= set(pair.model.state_dict())
     weights = {name: value.clone() for name, value in made(Tied, seed=9).state_dict().items()}
@@ -152,7 +152,7 @@ class Frozen(nn.Module):
 
 def test_frozen_parameters_are_rank_0s_and_stay_to_the_bit(world: World) -> None:
     pair = Pair(Frozen, SGD)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
     model = made(Frozen, seed=1 + world.rank)
     manager = mpidl.ParameterManager(model, ADAMW)
@@ -230,10 +230,10 @@ def test_interleaved_groups_with_other_rates_and_decay_train_as_in_plain_pytorch
     world: World, build: Callable[[], nn.Module]
 ) -> None:
     pair = Pair(build, ADAMW, interleaved)
-    pair.run(3)
+    pair.assert_trains_alike(3)
     for group in (*pair.manager.param_groups[:1], *pair.plain.param_groups[:1]):
         group["lr"] = 0.1
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
 
 
@@ -242,7 +242,7 @@ def test_a_group_without_parameters_is_kept_in_its_place(world: World) -> None:
         return [{"params": [], "lr": 3.0}, {"params": list(model.parameters()), "lr": 1e-3}]
 
     pair = Pair(dense, ADAM, groups)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     assert [group["lr"] for group in pair.manager.param_groups] == [3.0, 1e-3]
     pair.manager.close()
 
@@ -270,7 +270,7 @@ def test_groups_that_do_not_fit_the_model_are_refused(world: World) -> None:
 
 def test_a_saved_state_dict_is_no_larger_than_the_model_and_loads_in_plain_torch(world: World) -> None:
     pair = Pair(normalised, SGD)
-    pair.run(1)
+    pair.assert_trains_alike(1)
     if world.rank == 0:
         file = io.BytesIO()
         torch.save(pair.model.state_dict(), file)
@@ -288,7 +288,7 @@ def test_a_saved_state_dict_is_no_larger_than_the_model_and_loads_in_plain_torch
 
 def test_load_weights_gives_every_rank_rank_0s_and_training_goes_on_from_there(world: World) -> None:
     pair = Pair(normalised, SGD)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     other = made(normalised, seed=5)
     other.get_buffer("1.running_mean").fill_(3.0)
     other.get_buffer("1.num_batches_tracked").fill_(40)
@@ -296,7 +296,7 @@ def test_load_weights_gives_every_rank_rank_0s_and_training_goes_on_from_there(w
     pair.manager.load_weights(other.state_dict() if world.rank == 0 else {"anything": torch.zeros(1)})
     assert differing(pair.model.state_dict(), other.state_dict()) == []
     pair.twin.load_state_dict(other.state_dict())
-    pair.run(3)
+    pair.assert_trains_alike(3)
     pair.manager.close()
 
 
@@ -316,13 +316,13 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks_and_change_nothing(
     change(state)
     with pytest.raises(LayoutError, match=message):
         pair.manager.load_weights(state if world.rank == 0 else {})
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
 
 
 def test_close_gives_every_rank_private_weights_that_plain_pytorch_trains_on(world: World) -> None:
     pair = Pair(normalised, SGD)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
     assert differing(pair.model.state_dict(), pair.twin.state_dict()) == []
     assert all(parameter.grad is None for parameter in pair.model.parameters())
@@ -344,7 +344,7 @@ def test_close_gives_every_rank_private_weights_that_plain_pytorch_trains_on(wor
 def test_a_copy_of_the_model_is_private(world: World) -> None:
     pair = Pair(normalised, SGD)
     average = copy.deepcopy(pair.model)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     assert differing(average.state_dict(), made(normalised).state_dict()) == []
     pair.manager.close()
 
@@ -382,7 +382,7 @@ def last_layers_apart(model: nn.Module) -> list[dict[str, Any]]:
 )
 def test_state_dicts_are_those_of_plain_torch_and_go_both_ways(world: World, name: str, groups: Groups | None) -> None:
     pair = Pair(both_sizes, STATES[name], groups)
-    pair.run(3)
+    pair.assert_trains_alike(3)
     state = pair.manager.state_dict()
     if world.rank > 0:
         assert state == {}
@@ -392,12 +392,12 @@ def test_state_dicts_are_those_of_plain_torch_and_go_both_ways(world: World, nam
         torch.save(state, file)
         file.seek(0)
         pair.plain.load_state_dict(torch.load(file, weights_only=True))  # manager to torch
-    pair.run(2)
+    pair.assert_trains_alike(2)
     fresh = Pair(both_sizes, STATES[name], groups)
     fresh.manager.load_weights(pair.twin.state_dict() if world.rank == 0 else {})
     fresh.manager.load_state_dict(pair.plain.state_dict() if world.rank == 0 else {})  # torch to manager
     fresh.twin, fresh.plain, fresh.iteration = pair.twin, pair.plain, pair.iteration
-    fresh.run(3)
+    fresh.assert_trains_alike(3)
     pair.manager.close()
     fresh.manager.close()
 
@@ -421,16 +421,16 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("optimizer", [SGD, ADAM])
 def test_loading_the_state_of_a_new_optimizer_forgets_the_moments(world: World, optimizer: Any) -> None:
     pair = Pair(dense, optimizer)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.plain = optimizer(pair.twin.parameters())
     pair.manager.load_state_dict(pair.plain.state_dict())
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
 
 
 def test_state_that_does_not_fit_is_refused_on_all_ranks(world: World) -> None:
     pair = Pair(dense, ADAM)
-    pair.run(1)
+    pair.assert_trains_alike(1)
     good = pair.plain.state_dict()
     other_shape = copy.deepcopy(good)
     other_shape["state"][1]["exp_avg"] = torch.zeros(3)
@@ -445,7 +445,7 @@ def test_state_that_does_not_fit_is_refused_on_all_ranks(world: World) -> None:
     for state, message in cases:
         with pytest.raises(LayoutError, match=message):
             pair.manager.load_state_dict(state if world.rank == 0 else good)
-    pair.run(2)
+    pair.assert_trains_alike(2)
     pair.manager.close()
 
 
@@ -561,13 +561,13 @@ def test_any_spread_over_nodes_gives_the_same_bits_and_state(world: World) -> No
     for sizes in node_layouts(world):
         with with_nodes(world, sizes) as other:
             pair = Pair(both_sizes, ADAM, last_layers_apart, world=other)
-            pair.run(2)
+            pair.assert_trains_alike(2)
             state = pair.manager.state_dict()
             if world.rank == 0:
                 assert_same_state(state, pair.plain.state_dict())
             pair.manager.load_state_dict(state)
             pair.manager.load_weights(pair.twin.state_dict() if world.rank == 0 else {})
-            pair.run(2)
+            pair.assert_trains_alike(2)
             pair.manager.close()
 
 
@@ -592,7 +592,7 @@ def test_no_room_in_shared_memory_costs_a_warning_and_no_bit(
     warned = "no shared memory" in printed and "0 MiB more for weights" in printed and "--shm-size" in printed
     assert warned == (max(world.node_sizes) > 1 and world.rank == 0)
     assert pair.manager.world.num_nodes == world.size or max(world.node_sizes) == 1
-    pair.run(3)
+    pair.assert_trains_alike(3)
     state = pair.manager.state_dict()
     if world.rank == 0:
         assert_same_state(state, pair.plain.state_dict())

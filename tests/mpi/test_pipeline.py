@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 import mpidl
 from mpidl.errors import LayoutError
 from mpidl.parameters import Assignment
+from mpidl.parameters.errands import Errand
 from mpidl.parameters.exchange import Exchange
-from mpidl.parameters.pipeline import Errand, Pipeline
+from mpidl.parameters.pipeline import Pipeline
 from mpidl.parameters.reduction import REDUCTIONS
 from mpidl.parameters.rows import GradientRows
 from mpidl.parameters.update import ShardOptimizer
 from mpidl.runtime import World
+from tests.failing_graph import Failure, fails_in_backward
 from tests.mpi import reference
 from tests.mpi.cases import ADAM, NUM_FEATURES, SGD, made
 from tests.mpi.reference import differing
@@ -101,20 +103,6 @@ class CheckpointedReentrant(Checkpointed):
     reentrant = True
 
 
-class Failure(Exception):
-    pass
-
-
-class Failing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        raise Failure
-
-
 def inputs_of(rank: int, iteration: int, part: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * iteration + 10 * rank + part)
     return torch.randn(4, NUM_FEATURES, generator=generator)
@@ -174,7 +162,7 @@ def failing(model: nn.Module, rank: int, iteration: int) -> None:
     for number, layer in enumerate(model.layers):
         values = torch.tanh(layer(values))
         if number == 1:
-            values = Failing.apply(values)
+            values = fails_in_backward(values)
     with pytest.raises(Failure):
         model.last(values).square().mean().backward()
 
@@ -359,7 +347,7 @@ class Pair:
 
         reference.update(self.twin, self.plain, [functools.partial(run, rank) for rank in range(self.world.size)])
 
-    def check(self) -> None:
+    def assert_same_bits(self) -> None:
         assert differing(self.model.state_dict(), self.twin.state_dict()) == []
 
 
@@ -383,13 +371,13 @@ def test_whatever_gradients_come_the_weights_are_those_of_plain_pytorch(world: W
             watch.early, watch.collects = [set()], [0]
             for iteration in range(ITERATIONS):
                 pair.step(case.part, iteration)
-                pair.check()
+                pair.assert_same_bits()
                 watch.next()
             if len(sizes) > 1:
-                check_watched(world, watch, case, pair.num_buckets)
+                assert_watched(world, watch, case, pair.num_buckets)
 
 
-def check_watched(world: World, watch: Watch, case: Case, num_buckets: int) -> None:
+def assert_watched(world: World, watch: Watch, case: Case, num_buckets: int) -> None:
     """Else nothing was early, or nothing too early, and the test could not fail."""
     assert not any(watch.early[:LEARNT])
     everyones = world.allgather_object([watch.early[iteration] for iteration in range(LEARNT, ITERATIONS)])
@@ -408,7 +396,7 @@ def test_without_a_thread_the_bits_are_the_same(world: World, watch: Watch, name
         with paired(world, sizes, case.build, threads=False, optimizer=ADAM) as pair:
             for iteration in range(ITERATIONS):
                 pair.step(case.part, iteration)
-                pair.check()
+                pair.assert_same_bits()
 
 
 def test_buckets_are_exchanged_before_step_is_called(world: World, watch: Watch) -> None:
@@ -426,7 +414,7 @@ def test_buckets_are_exchanged_before_step_is_called(world: World, watch: Watch)
                 assert watch.started == list(range(pair.num_buckets))[::-1][:wanted]
                 pair.manager.step()
                 pair.step_twin(once, iteration)
-                pair.check()
+                pair.assert_same_bits()
 
 
 @pytest.mark.parametrize("threads", [True, False], ids=["thread", "no thread"])
@@ -457,7 +445,7 @@ def test_the_norm_is_there_whoever_asks_while_weights_travel_and_while_bucket_si
                     mean = torch.cat([parameter.grad.flatten() for parameter in pair.twin.parameters()])
                     assert norm == pytest.approx(float(mean.norm()), rel=1e-5)
             pair.manager.wait()
-            pair.check()
+            pair.assert_same_bits()
 
 
 # --- what the manager is asked for ------------------------------------------------------------------------------------
@@ -479,7 +467,7 @@ def test_passes_inside_no_sync_are_added_up_however_many_there_are(world: World,
 
             for iteration in range(len(counts)):
                 pair.step(passes, iteration)
-                pair.check()
+                pair.assert_same_bits()
                 watch.next()
             if len(sizes) > 1:
                 assert len(watch.early[3]) == pair.num_buckets  # two as before
@@ -507,7 +495,7 @@ def test_the_managers_zero_grad_forgets_what_was_announced(world: World, watch: 
 
             for iteration in range(ITERATIONS):
                 pair.step(zeroing, iteration)
-                pair.check()
+                pair.assert_same_bits()
                 watch.next()
             if len(sizes) > 1:
                 assert watch.collects[:6] == [1, 1, 1, 2 if when == "after" else 1, 1, 1]
@@ -530,8 +518,8 @@ def test_gradients_of_another_managers_loss_are_thrown_away_and_nothing_is_reduc
                 critic.step_twin(lambda model, rank, i: judged(maker.twin, model, rank, i), iteration)
                 maker.step_twin(lambda model, rank, i: made_well(model, critic.twin, rank, i), iteration)
                 critic.twin.zero_grad()
-                critic.check()
-                maker.check()
+                critic.assert_same_bits()
+                maker.assert_same_bits()
                 watch.next()
             if len(sizes) > 1:
                 assert watch.collects[:ITERATIONS] == [2] * ITERATIONS  # once each
@@ -559,7 +547,7 @@ def test_step_with_num_samples_gives_the_exact_mean_and_announces_nothing(world:
             watch.early, watch.collects = [set()], [0]
             for iteration in range(ITERATIONS):
                 counts = [(rank + iteration) % 3 for rank in range(world.size)]
-                check_weighted(pair, iteration, counts if any(counts) else None)
+                assert_weighted(pair, iteration, counts if any(counts) else None)
                 watch.next()
             assert not any(watch.early)
 
@@ -571,14 +559,14 @@ def test_steps_with_and_without_num_samples_may_alternate_and_nobody_may_have_sa
         with paired(world, sizes, Chain) as pair:
             watch.early, watch.collects = [set()], [0]
             for iteration, counts in enumerate([None, None, None, 3, None, None, 0, None, None]):
-                check_weighted(pair, iteration, None if counts is None else [counts] * world.size)
+                assert_weighted(pair, iteration, None if counts is None else [counts] * world.size)
                 watch.next()
             if len(sizes) > 1:
                 assert [bool(early) for early in watch.early[:9]] == [0, 0, 1, 1, 0, 1, 1, 0, 1]
                 assert watch.collects[:9] == [1, 1, 1, 2, 1, 1, 2, 1, 1]
 
 
-def check_weighted(pair: Pair, iteration: int, counts: list[int] | None) -> None:
+def assert_weighted(pair: Pair, iteration: int, counts: list[int] | None) -> None:
     """One iteration in which the ranks weigh by these numbers of samples, or all alike."""
     if counts is None:
         pair.step(once, iteration)
@@ -593,7 +581,7 @@ def check_weighted(pair: Pair, iteration: int, counts: list[int] | None) -> None
         if any(counts):
             parts = [functools.partial(part, rank) for rank in range(pair.world.size)]
             reference.update(pair.twin, pair.plain, parts, of_means=True)
-    pair.check()
+    pair.assert_same_bits()
 
 
 def test_weights_loaded_after_a_backward_make_its_gradients_forgotten(world: World, watch: Watch) -> None:
@@ -607,7 +595,7 @@ def test_weights_loaded_after_a_backward_make_its_gradients_forgotten(world: Wor
             pair.twin.load_state_dict(other)
             for iteration in range(4, 8):
                 pair.step(once, iteration)
-                pair.check()
+                pair.assert_same_bits()
 
 
 def test_an_error_at_step_leaves_nothing_behind_that_counts(world: World, watch: Watch) -> None:
@@ -635,7 +623,7 @@ def test_an_error_at_step_leaves_nothing_behind_that_counts(world: World, watch:
                     pair.model.zero_grad()
                 for iteration in range(4, 7):
                     pair.step(once, iteration)
-                    pair.check()
+                    pair.assert_same_bits()
 
 
 @pytest.mark.parametrize("abandoned", [0, 1, 3])
@@ -658,7 +646,7 @@ def test_an_abandoned_iteration_of_other_partitions_does_not_spoil_the_next(
                 assert table[:, :3].tolist() == expected
                 parts = [functools.partial(summed, pair.twin, partition, iteration) for partition in partitions]
                 reference.update(pair.twin, pair.plain, parts)
-                pair.check()
+                pair.assert_same_bits()
 
 
 def run_partitions(pair: Pair, assignment: Assignment, iteration: int, *, ends: bool = True) -> None:
@@ -723,7 +711,7 @@ def test_delays_anywhere_do_not_change_the_bits(
             with paired(world, sizes, Chain, optimizer=ADAM, threads=threads) as pair:
                 for iteration in range(ITERATIONS - 1):
                     pair.step(part, iteration)
-                    pair.check()
+                    pair.assert_same_bits()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -751,7 +739,7 @@ def test_an_mpi_reduction_is_within_rounding_whatever_gradients_come(world: Worl
                 watch.next()
             assert reference.largest_difference(pair.model.state_dict(), pair.twin.state_dict()) < 1e-5
             if len(sizes) > 1:
-                check_watched(world, watch, case, pair.num_buckets)
+                assert_watched(world, watch, case, pair.num_buckets)
 
 
 # --- closing ----------------------------------------------------------------------------------------------------------
@@ -772,7 +760,7 @@ def test_close_in_the_middle_of_an_iteration_ends_and_gives_the_weights_before_i
                     once(pair.model, world.rank, 98)
             assert all(parameter.grad is None for parameter in pair.model.parameters())
             if reduction == "ordered":
-                pair.check()
+                pair.assert_same_bits()
             pair.manager.close()  # does nothing
 
 
@@ -801,9 +789,9 @@ def test_an_exception_in_the_update_that_all_ranks_see_is_raised_and_training_ma
                 with pytest.raises(Failure):
                     pair.manager.step()
                 pair.plain.calls += 1
-                pair.check()
+                pair.assert_same_bits()
                 if goes_on:
                     pair.manager.zero_grad()
                     for iteration in range(3, 6):
                         pair.step(once, iteration)
-                        pair.check()
+                        pair.assert_same_bits()

@@ -52,6 +52,12 @@ def write_text(folder: Path) -> None:
     (folder / "a.txt").write_text("to be, or not to be: that is the question; " * 80)
 
 
+def write_arrays(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    np.save(folder / "x.npy", generator.standard_normal((33, 3, 32, 32)).astype(np.float32))
+    np.save(folder / "y.npy", np.arange(33) % 10)
+
+
 IMAGES = {"size": 32, "convert": True}
 FOUR = {"num_classes": 4, "image_size": 32}
 # Job file -> what writes its data, and what makes it small.
@@ -97,6 +103,31 @@ def test_a_recipe_trains_on_small_data_of_its_kind(world: World, shared_tmp_path
     assert len(validation) == 1
     assert math.isfinite(validation[0]["loss"])
     assert 0 <= validation[0]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("data_name", "data_args"),
+    [
+        ("synthetic", {"shape": [3, 32, 32], "num_classes": 10, "num_samples": 33, "num_validation": 9}),
+        ("x.npy,y.npy", {}),
+    ],
+    ids=["random samples", "memory-mapped arrays"],
+)
+def test_a_recipe_trains_on_other_data(
+    world: World, shared_tmp_path: Path, data_name: str, data_args: dict[str, Any]
+) -> None:
+    if world.rank == 0:
+        write_arrays(shared_tmp_path)
+    world.barrier()
+    where = {} if data_name == "synthetic" else {"data_dir": str(shared_tmp_path)}
+    small = {"model_args": {"width": 4}, "data": data_name, "data_args": data_args, **where}
+    trainer, train_set, validation_set = job.build_trainer(recipe("vgg_cifar10", **FEW, **small))
+    try:
+        history = trainer.fit(train_set, validation_set, epochs=1)
+    finally:
+        trainer.close()
+    assert history[0]["samples"] == 33
+    assert math.isfinite(history[0]["loss"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

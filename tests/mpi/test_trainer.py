@@ -27,6 +27,7 @@ from tests.mpi.cases import (
     NUM_FEATURES,
     SGD,
     Augmented,
+    Kept,
     classes,
     convolutional,
     dense,
@@ -62,12 +63,23 @@ def fit(model: nn.Module, job: Job, data: Any, validation: Any = None, **options
     return history
 
 
+def explained(kept: Kept, build: Any, job: Job, expected: nn.Module) -> str:
+    """What helps to see where bits went astray: each group, and whether the oracle repeats itself."""
+    again = made(build)
+    reference.train(again, job)
+    fields = ("iteration", "lr", "loss", "partition_starts")
+    groups = [{field: event.get(field) for field in fields} for event in kept.of("group")]
+    return f"oracle repeated: {differing(again.state_dict(), expected.state_dict())}; groups: {groups}"
+
+
 def assert_bits_of_the_oracle(build: Any, job: Job, data: Any, **options: Any) -> None:
     """Weights, buffers and every epoch's loss are exactly those of plain PyTorch over the same partitions."""
     expected, model = made(build), made(build)
     losses = reference.train(expected, job)
-    history = fit(model, job, data, **options)
-    assert differing(model.state_dict(), expected.state_dict()) == []
+    kept = Kept()
+    history = fit(model, job, data, **{"telemetry": kept, **options})
+    differences = differing(model.state_dict(), expected.state_dict())
+    assert differences == [], explained(kept, build, job, expected)
     assert [event["loss"] for event in history if event["event"] == "epoch"] == losses
     assert [event["samples"] for event in history if event["event"] == "epoch"] == [job.num_samples] * job.epochs
     assert differing(model.state_dict(), made(build).state_dict()), "nothing was trained"

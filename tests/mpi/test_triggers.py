@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mpidl import checkpoint, triggers
+from mpidl.config import FINISHED
 from mpidl.errors import ConfigError
 from mpidl.metrics import accuracy
 from mpidl.runtime import World, signals
@@ -86,7 +87,9 @@ def test_any_triggers_act_after_the_same_iterations_with_the_same_bits_at_any_gr
 ) -> None:
     draw = random.Random(seed)
     options = {name: drawn(draw) for name in ("checkpoint_every", "summarize_every")}
-    options |= {"validate_every": f"iterations(4) | {drawn(draw)}", "end_when": f"iterations(8) & {drawn(draw)}"}
+    # An end that groups are cut for, and one that comes in the middle of any.
+    end_when = f"iterations(8) & {drawn(draw)}" if seed % 2 else f"loss_below({draw.uniform(1.1, 1.3)})"
+    options |= {"validate_every": f"iterations(4) | {drawn(draw)}", "end_when": end_when}
     single = train(world, shared_tmp_path / "1", group_size=1, **options)
     for group_size in (draw.randint(2, 9), "auto"):
         run_dir = shared_tmp_path / str(group_size)
@@ -190,6 +193,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_iteration_with_a_checkpoi
     if world.rank == 0:
         assert recorder.events[-1]["status"] == "stopped"
         assert not (shared_tmp_path / "weights.safetensors").exists()
+        assert not (shared_tmp_path / FINISHED).exists()
 
     bits = []
     for run_dir in (shared_tmp_path, None):
@@ -198,6 +202,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_iteration_with_a_checkpoi
         again = trainer_of(model, job, run_dir=run_dir, telemetry=Recorder())
         again.fit(TRAIN, epochs=EPOCHS, resume=run_dir is not None)
         assert again.stopped is None
+        assert (shared_tmp_path / FINISHED).exists()
         again.close()
         bits.append(model.state_dict())
     assert differing(*bits) == []
@@ -247,6 +252,12 @@ def test_a_plateau_schedule_refuses_validations_that_nobody_can_foresee(world: W
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 
+def told_in_order(events: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The checkpoints, and all others."""
+    checkpoints = [event for event in events if ("event", "checkpoint") in event]
+    return checkpoints, [event for event in events if event not in checkpoints]
+
+
 @pytest.mark.parametrize("end_when", [None, "loss_below(1.2)"])
 def test_a_replay_does_the_same_after_the_same_iterations_with_the_same_bits(
     world: World, shared_tmp_path: Path, end_when: str | None
@@ -257,7 +268,8 @@ def test_a_replay_does_the_same_after_the_same_iterations_with_the_same_bits(
     world.barrier()
     repeated, more, _ = train(world, again, replay=first, **options)
     assert differing(repeated, weights) == []
-    assert more[:-1] == events[:-1]  # the end says in which of two ways it came about
+    # The end says in which of two ways it came about, and a checkpoint is told when its writing is done.
+    assert told_in_order(more[:-1]) == told_in_order(events[:-1])
     world.barrier()
     done = [
         [(group.plan.first_iteration, group.done, group.acts) for group in read_recording(run_dir).groups]

@@ -102,6 +102,13 @@ def test_init_gives_the_same_world_again(world: World) -> None:
     assert mpidl.runtime.init(world.threads_per_rank).comm is world.comm
 
 
+def test_what_is_asked_of_mpi_at_the_start_leaves_threads_their_calls(world: World) -> None:
+    from mpi4py import MPI
+
+    assert MPI.Query_thread() == MPI.THREAD_MULTIPLE
+    assert world.takes_threads
+
+
 def test_ranks_without_shared_memory_are_nodes_of_their_own(world: World) -> None:
     alone = world.without_shared_memory()
     assert alone.node_sizes == (1,) * world.size

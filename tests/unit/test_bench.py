@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpidl import cli
 from mpidl.bench import cases, cost_model, curves, kernels, limits, picture, plan, plan_tables, report
@@ -48,9 +49,30 @@ def test_a_way_that_cannot_be_run_here_says_what_it_lacks() -> None:
         cases.chosen("other", ["mpidl", "other"], {"other": "pip install other"})
 
 
-def test_a_model_without_image_shape_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"torch\.nn:ReLU has no attribute image_shape"):
+def test_a_model_that_does_not_tell_what_it_takes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"torch\.nn:ReLU does not tell what it takes"):
         cases.build_model("torch.nn:ReLU")
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "target_shape"), [("lenet5", (3, 1, 28, 28), (3,)), ("gpt", (3, 128), (3, 128))]
+)
+def test_batches_fit_the_model_and_are_the_same_in_every_way(
+    name: str, input_shape: tuple[int, ...], target_shape: tuple[int, ...]
+) -> None:
+    model = cases.build_model(name)
+    one, other = cases.Batches(model, 3, rank=1), cases.Batches(model, 3, rank=1)
+    seen = []
+    for _ in range(5):
+        inputs, targets = one.next()
+        again, _ = other.next()
+        assert torch.equal(inputs, again)
+        assert (inputs.shape, targets.shape) == (input_shape, target_shape)
+        assert torch.isfinite(torch.nn.functional.cross_entropy(model(inputs), targets))
+        seen.append(inputs)
+    assert not torch.equal(seen[0], seen[1])
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +83,7 @@ def test_a_model_without_image_shape_is_refused() -> None:
         (["step", "--batch", "1.5"], "argument --batch: '1.5'"),
         (["step", "--millions", "1"], "unknown argument --millions"),
         (["sync", "--milions", "1"], "unknown argument --milions; did you mean --millions"),
-        (["sync", "--optimizer", "lars"], "choose from"),
+        (["sync", "--optimizer", "lars"], "--optimizer is 'lars', must be one of sgd, adam"),
         (["plan", "--group-sizes", "1,x"], "argument --group-sizes: 'x' is not a number above 0 without decimals"),
         (["plan", "--partitions", "8,0"], "argument --partitions: '0'"),
         (["plan", "--iteration-ms", "0"], "argument --iteration-ms: '0' is not a number above 0"),

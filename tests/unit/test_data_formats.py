@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from mpidl import models
 from mpidl.data import ImageSource, Loader, ReadError, bigram_entropy, check_labels, load_named
-from mpidl.errors import ConfigError, DataError
+from mpidl.errors import ConfigError, DataError, UserError
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,9 @@ def test_an_image_that_does_not_decode_is_named_or_skipped_and_counted(
     with pytest.raises(ReadError, match=r"bee/1\.png cannot be decoded: .*skip_damaged = true") as caught:
         train.read(np.array([0, 3]), [0, 0])
     assert caught.value.index == 3
+    assert isinstance(caught.value, UserError), "the file is to blame: a message, no traceback"
+    arrived = pickle.loads(pickle.dumps(caught.value))  # as from a worker
+    assert (type(arrived), str(arrived), arrived.index) == (type(caught.value), str(caught.value), 3)
     train, _ = load_named("images", str(tmp_path), {"size": 8, "skip_damaged": True})
     images, labels = train.read(np.array([2, 3]), [0, 0])
     assert (train.num_skipped, labels.tolist()) == (1, [1, 0])  # the first image stands in for the last
@@ -177,6 +181,15 @@ def test_a_grey_image_among_coloured_ones_is_named_or_converted(tmp_path: Path) 
     assert train.read(np.array([1]), [0])[0].shape == (1, 3, 8, 8)
     train, _ = load_named("images", str(tmp_path), {"size": 8, "convert": True, "grey": True})
     assert train.read(np.array([1, 0]), [0, 0])[0].shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_image_of_16_bits_is_never_cut_to_8(tmp_path: Path, convert: bool) -> None:
+    deep = np.full((20, 20), 3000, np.uint16)
+    Image.fromarray(deep).save(write_images(tmp_path) / "train" / "ant" / "1.png")
+    train, _ = load_named("images", str(tmp_path), {"size": 8, "convert": convert})
+    with pytest.raises(ReadError, match=r"ant/1\.png is of Pillow's mode I;16, with more than 8 bits .*save it with 8"):
+        train.read(np.array([1]), [0])
 
 
 def test_folders_that_are_missing_empty_or_unknown_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from mpidl.data import ArraySource, DatasetSource, ReadError, Source, as_source, check_labels, sample_seed
 from mpidl.data.order import kept_random_state
+from mpidl.data.pipe import Frame, decode, encode, read_frame, write_frame
+from mpidl.data.pixels import ImageSource
+from mpidl.data.synthetic import SyntheticSource
 from mpidl.errors import DataError
 
 X = np.arange(60, dtype=np.float32).reshape(10, 2, 3)
@@ -45,6 +50,14 @@ class Streaming(IterableDataset[int]):
         return iter(range(3))
 
 
+def through_a_pipe(frame: Frame) -> Frame:
+    """What the other end reads; a small frame, that fits into a pipe."""
+    reading, writing = (io.FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+    with reading, writing:
+        write_frame(writing, frame)
+        return read_frame(reading)
+
+
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "?", "c8", ">f4", ">i2"])
 def test_rows_become_tensors_of_the_same_type(dtype: str) -> None:
     array = X.astype(dtype)
@@ -60,6 +73,35 @@ def test_tensors_are_read_like_arrays(dtype: torch.dtype) -> None:
     assert rows.dtype == dtype
     assert not rows.requires_grad
     assert torch.equal(rows, tensor.detach()[INDICES])
+
+
+def narrow_sources(folder: Path) -> dict[str, Source]:
+    """Samples of odd lengths, so that only memory that is made for it lies where matrix products want it."""
+    inputs = np.random.default_rng(0).random((50, 3, 3), np.float32)
+    np.save(folder / "x.npy", inputs)
+    pixels = (inputs * 255).astype(np.uint8)
+    return {
+        "array": ArraySource([inputs]),
+        "strided": ArraySource([inputs[::-1]]),
+        "mapped": ArraySource([np.load(folder / "x.npy", mmap_mode="r")]),
+        "pixels": ImageSource(pixels, np.zeros(50, np.int64), 0.5, 0.5),
+        "synthetic": SyntheticSource((3, 3), 2, 50, seed=0),
+        "Dataset": DatasetSource(TensorDataset(torch.from_numpy(inputs))),
+    }
+
+
+@pytest.mark.parametrize("name", ["array", "strided", "mapped", "pixels", "synthetic", "Dataset"])
+@pytest.mark.parametrize("travels", [False, True], ids=["here", "from a worker"])
+def test_batches_lie_where_torch_would_put_them_so_that_products_have_the_same_bits(
+    name: str, travels: bool, tmp_path: Path
+) -> None:
+    source, kept = narrow_sources(tmp_path)[name], []
+    for size in range(1, 30):
+        batch = source.read(np.arange(size), list(range(size)))
+        if travels:
+            batch = decode(through_a_pipe(encode(batch)))
+        kept.append(batch)  # so that the next one lies elsewhere
+    assert all(inputs.data_ptr() % 64 == 0 for inputs, *_ in kept)
 
 
 @pytest.mark.parametrize("view", [X[::2], X[::-1], X.transpose(2, 0, 1), np.asfortranarray(X)], ids=range(4))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mpidl.parameters.driver import Awaited, Course, Driver, Flag, ThreadDriver
-from mpidl.parameters.pipeline import MAX_UNDER_WAY, Errand, Pipeline
+from mpidl.parameters.errands import MAX_UNDER_WAY, Errand, two_stage
 
 Either = Driver | ThreadDriver
 LIMIT_S = 30.0
@@ -208,7 +208,7 @@ def test_buckets_start_and_end_in_order_and_few_are_under_way(driver: Either, se
         log.append(("end", errand[0]))
         yield from steps
 
-    driver.add(*Pipeline._two_stage(None, errands, start, end, done))  # type: ignore[arg-type]  # needs no pipeline
+    driver.add(*two_stage(errands, start, end, done))
     flags = [*ready, *over]
     random.Random(seed).shuffle(flags)
     for flag in flags:
@@ -237,7 +237,7 @@ def test_without_an_end_no_more_than_a_few_are_started() -> None:
         started.append(errand[0])
         return iter([Flag()])
 
-    driver.add(*Pipeline._two_stage(None, errands, start, telling, Flag()))  # type: ignore[arg-type]
+    driver.add(*two_stage(errands, start, telling, Flag()))  # type: ignore[arg-type]
     while driver.poll():
         pass
     assert started == list(range(MAX_UNDER_WAY))

@@ -6,20 +6,21 @@ import atexit
 import math
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import pytest
 
-from mpidl.errors import CheckpointError, ConfigError, MpidlError, NonFiniteLossError, PlanError
+from mpidl.errors import CheckpointError, ConfigError, MpidlError, NonFiniteLossError, PlanError, UserError
 from mpidl.runtime import end_job, faults, on_all_ranks, run_command, warn
 
 CODES = [
     (ConfigError("too many ranks"), 2),
-    (CheckpointError("damaged"), 2),
+    (CheckpointError("damaged"), 4),
     (NonFiniteLossError("the loss is nan"), 3),
     (PlanError("damaged"), 1),
     (ValueError("a bug"), 1),
@@ -36,8 +37,9 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
 
 
 @pytest.fixture
-def become(monkeypatch: pytest.MonkeyPatch) -> Become:
+def become(monkeypatch: pytest.MonkeyPatch) -> Iterator[Become]:
     """Be a rank of a job; returns the list of codes with which it was aborted."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr(sys, "exit", pythons_exit)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
@@ -48,7 +50,8 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Become:
         faults.install(rank, size, aborted.append, lambda seconds: True, right)
         return aborted
 
-    return become
+    yield become
+    signal.signal(signal.SIGTERM, before)
 
 
 def pythons_exit(status: Any = None) -> NoReturn:
@@ -97,7 +100,7 @@ def test_an_uncaught_error_of_a_rank_is_printed_under_its_number_and_ends_all(
     assert all(line.startswith("[rank 2] ") for line in lines)
     assert str(error) in lines[-1]
     # Bad input needs no traceback; a bug does.
-    assert any("Traceback" in line for line in lines) == (code != 2)
+    assert any("Traceback" in line for line in lines) != isinstance(error, UserError)
 
 
 def test_of_ranks_that_fail_alike_one_prints_and_all_abort(
@@ -158,7 +161,7 @@ def test_alone_bad_input_is_one_line_and_a_bug_a_traceback(
     assert run_command(raising(error)) == code
     assert aborted == []
     printed = capsys.readouterr().err
-    if code == 2:
+    if isinstance(error, UserError):
         assert printed == f"mpidl: error: {error}\n"
     else:
         assert printed.startswith("Traceback")
@@ -182,6 +185,8 @@ def test_a_command_s_result_is_its_exit_code(become: Become, result: int | None,
     aborted = become(1, 2)
     assert run_command(lambda: result) == code
     assert aborted == []
+    ignores = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert ignores == (code > 0), "srun ends the others with SIGTERM once one has left with a code"
 
 
 @pytest.mark.parametrize(("argument", "code"), [(None, 0), (0, 0), (5, 5), ("no such thing", 1)])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpidl.scheduling import GroupSize
-from mpidl.scheduling.group_size import FACTOR, LARGEST_AUTO, LOWER_SHARE, MAX_GROUP_S, UPPER_SHARE
+from mpidl.scheduling.group_size import FACTOR, LARGEST_AUTO, LOWER_SHARE, MAX_GROUP_S, SHORTEST_AUTO, UPPER_SHARE
 
 SECONDS = st.floats(0, 1e6, allow_nan=False)
 OBSERVED = st.tuples(st.integers(0, 500), SECONDS, SECONDS)
@@ -57,10 +57,10 @@ def test_the_share_comes_between_its_bounds_and_stays_there(iteration_s: float, 
     run(group_size, 30, iteration_s, group_s)
     for size in run(group_size, 300, iteration_s, group_s):
         share = group_s / (group_s + size * iteration_s)
-        # Where one iteration is long enough already, the share may be less.
+        # Where the shortest group is long enough already, the share may be less.
         assert share <= UPPER_SHARE
-        assert share >= LOWER_SHARE or size == 1
-    assert LOWER_SHARE <= (group_size.share or 0) <= UPPER_SHARE or group_size.value == 1
+        assert share >= LOWER_SHARE or size == SHORTEST_AUTO
+    assert LOWER_SHARE <= (group_size.share or 0) <= UPPER_SHARE or group_size.value == SHORTEST_AUTO
 
 
 def test_what_planning_takes_for_each_iteration_does_not_make_groups_grow_past_the_bound() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import mpidl.runtime
 from mpidl import config as configuration
-from mpidl import job
+from mpidl import job, losses
 from mpidl.config import Config
 from mpidl.errors import ConfigError, DataError
 
@@ -44,7 +44,30 @@ def test_layer_wise_optimizers_and_no_others_leave_biases_alone(name: str) -> No
 
 @pytest.mark.parametrize("name", configuration.LOSSES)
 def test_every_loss_is_a_function_of_torch(name: str) -> None:
-    assert job.find_loss(Config(loss=name)) is getattr(torch.nn.functional, name)
+    found = job.find_loss(Config(loss=name))
+    assert isinstance(found, losses.Fitting)
+    assert found.function is getattr(torch.nn.functional, name)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "message"),
+    [
+        (
+            "cross_entropy",
+            torch.zeros(4, 5),
+            torch.tensor([0, 1, 5, 2]),
+            r"float32 of shape \(4, 5\).*Target 5 is out of",
+        ),
+        ("cross_entropy", torch.zeros(4), torch.zeros(4, dtype=torch.int64), r"shape \(4,\), with the targets, int64"),
+        ("mse_loss", torch.zeros(4, 1), torch.zeros(4), r"\(4, 1\).*\(4,\): .* shapes must be equal; change the model"),
+        ("cross_entropy", {"logits": torch.zeros(4, 5)}, torch.zeros(4), "what the model returns, a dict"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_targets_are_told_with_both_shapes(
+    loss: str, outputs: Any, targets: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(DataError, match=f"^{loss} does not take .*{message}"):
+        job.find_loss(Config(loss=loss))(outputs, targets)
 
 
 def test_lists_become_the_pairs_that_torch_wants() -> None:
@@ -148,6 +171,11 @@ def test_a_run_that_failed_before_it_began_leaves_nothing(tmp_path: Path) -> Non
     (path / "metrics.jsonl").touch()
     job.release_run_dir(path)
     assert (path / "config.toml").exists()
+
+
+def test_a_run_directory_is_its_owner_s_alone(tmp_path: Path) -> None:
+    path = job.claim_run_dir(Config(run_dir=str(tmp_path / "runs" / "own")), "x")
+    assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_directory_that_cannot_be_written_is_refused() -> None:

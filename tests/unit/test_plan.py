@@ -102,6 +102,15 @@ def test_a_shorter_plan_in_a_used_buffer_is_read_alone() -> None:
         assert GroupPlan.decode(buffer.tobytes()) == plan
 
 
+def test_a_plan_fits_into_as_many_bytes_as_it_has_and_not_into_one_less() -> None:
+    message = small_plan().encode()
+    buffer = np.zeros(len(message), np.uint8)
+    to_buffer(small_plan(), buffer)
+    assert buffer.tobytes() == message
+    with pytest.raises(PlanError, match=f"a plan of {len(message)} bytes is too long for this run"):
+        to_buffer(small_plan(), buffer[:-1])
+
+
 def test_every_truncation_is_refused() -> None:
     message = small_plan().encode()
     for length in range(len(message)):
@@ -175,8 +184,16 @@ def test_another_version_and_another_magic_are_named() -> None:
         GroupPlan.decode(b"X" + small_plan().encode()[1:])
 
 
-def test_actions_that_this_version_does_not_know_are_refused() -> None:
+@pytest.mark.parametrize("actions", [2 * max(Action), 1 << 9])
+def test_actions_that_this_version_does_not_know_are_refused(actions: int) -> None:
     message = bytearray(small_plan().encode())
-    message[6:8] = struct.pack("<H", 1 << 9)
+    message[6:8] = struct.pack("<H", actions)
     with pytest.raises(PlanError, match="action"):
         GroupPlan.decode(with_checksum(message))
+
+
+@pytest.mark.parametrize("starts", [(1, 3, 8), (0, 3, 7), (0, 9, 8)])
+def test_ranges_that_leave_partitions_out_are_refused(starts: tuple[int, ...]) -> None:
+    message = dataclasses.replace(small_plan(), assignment=Assignment(8, starts)).encode()
+    with pytest.raises(PlanError, match="do not cover 8 partitions"):
+        GroupPlan.decode(message)

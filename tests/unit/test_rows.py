@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from torch import nn
 
 from mpidl.parameters.layout import FlatLayout, Piece
 from mpidl.parameters.rows import Announcements, GradientRows
+from tests.failing_graph import Failure, fails_in_backward
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -216,25 +216,6 @@ SHAPES = [(5, 3), (40,), (), (0, 2), (33,), (7, 2)]
 NAMES = [f"p{index}" for index in range(len(SHAPES))]
 
 
-class Failure(Exception):
-    pass
-
-
-class Failing(torch.autograd.Function):
-    """Lets gradients through to those behind it in the graph never."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        raise Failure
-
-
-_apply: Callable[..., torch.Tensor] = Failing.apply
-
-
 class Model(nn.Module):
     """Parameters that are used as one wishes."""
 
@@ -250,7 +231,7 @@ class Model(nn.Module):
         for name, factor in factors.items():
             parameter = self.get_parameter(name)
             part = (parameter.square() * abs(factor)).sum() + parameter.sum()
-            total = total + (_apply(part) if factor < 0 else part)
+            total = total + (fails_in_backward(part) if factor < 0 else part)
         return total
 
 
@@ -286,7 +267,7 @@ class Beside:
                 failed.append(model)
         assert len(failed) in (0, 2)
 
-    def close(self) -> bool:
+    def assert_ends_alike(self) -> bool:
         """End the iteration: compare, and begin the next; returns whether what was announced was told to hold."""
         holds = self.rows.close()
         expected = np.zeros(self.layout.size, np.float32)
@@ -368,22 +349,22 @@ def test_rows_have_the_gradients_of_plain_pytorch_and_what_holds_was_read_right(
     iterations: list[list[Callable[[Beside], None]]], bucket_size: int
 ) -> None:
     beside = Beside(bucket_size)
-    beside.close()
+    beside.assert_ends_alike()
     for actions in iterations:
         for action in actions:
             action(beside)
-        beside.close()
+        beside.assert_ends_alike()
 
 
 @pytest.mark.parametrize("bucket_size", [16, 48, 1000])
 def test_all_buckets_of_an_ordinary_iteration_are_announced_and_hold(bucket_size: int) -> None:
     beside = Beside(bucket_size)
-    beside.close()
+    beside.assert_ends_alike()
     for iteration in range(4):
         zero(True)(beside)
         backward(ALL)(beside)
         assert set(beside.read) == (set(range(len(beside.buckets))) if iteration else set())
-        assert beside.close()
+        assert beside.assert_ends_alike()
 
 
 @pytest.mark.parametrize(
@@ -395,10 +376,10 @@ def test_what_is_done_to_gradients_after_the_announcement_is_told(action: Callab
     beside = Beside(16)
     for _ in range(3):
         backward(ALL)(beside)
-        assert beside.close()
+        assert beside.assert_ends_alike()
     backward(ALL)(beside)
     action(beside)
-    assert not beside.close()
+    assert not beside.assert_ends_alike()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
@@ -411,4 +392,4 @@ def test_a_graph_behind_a_gradient_does_not_live_on_in_the_row() -> None:
             assert not parameter.grad.requires_grad
         for parameter in beside.twin.parameters():
             parameter.grad = parameter.grad.detach() if parameter.grad is not None else None
-        beside.close()
+        beside.assert_ends_alike()

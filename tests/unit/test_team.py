@@ -87,13 +87,15 @@ def test_sums_squares_and_words_have_the_bits_of_one_thread(team: Team, size: in
 
 
 def test_helpers_take_parts_while_the_caller_is_busy() -> None:
-    team, seen = Team(Helpers(2)), threading.Barrier(3)
+    team, seen, threads = Team(Helpers(2)), threading.Barrier(3), list[int]()
 
     def work(thread: int, index: int, start: int, stop: int) -> None:
         seen.wait(LIMIT_S)  # three threads have a part at the same time
+        threads.append(thread)
 
     team.run([3 * BLOCK_SIZE], work)
     team.helpers.close()
+    assert sorted(threads) == [0, 1, 2]
 
 
 def test_a_helper_that_is_busy_elsewhere_keeps_nobody_waiting() -> None:

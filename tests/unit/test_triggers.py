@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +17,19 @@ from torch.optim import lr_scheduler
 
 from mpidl.errors import ConfigError
 from mpidl.parameters import Assignment
+from mpidl.runtime import faults
 from mpidl.scheduling import (
     Action,
     Coordinator,
     GroupPlan,
     GroupSize,
     LearningRates,
+    StopRequests,
     Trigger,
     Triggers,
     as_trigger,
     num_iterations,
+    trigger_text,
     triggers,
 )
 from mpidl.scheduling.triggers import Facts
@@ -83,12 +87,12 @@ def facts(completed: int = 7, **more: Any) -> Facts:
     ],
 )
 def test_a_trigger_holds_where_its_words_say(text: str, met: Facts, not_met: Facts) -> None:
-    assert triggers.parse(text).holds(met)
-    assert not triggers.parse(text).holds(not_met)
+    assert trigger_text.parse(text).holds(met)
+    assert not trigger_text.parse(text).holds(not_met)
 
 
 def test_seconds_count_from_when_the_whole_trigger_fired_last() -> None:
-    trigger = triggers.parse("seconds(10) | iterations(100)")
+    trigger = trigger_text.parse("seconds(10) | iterations(100)")
     assert trigger.holds(facts(seconds=10.5))
     trigger.fired(facts(seconds=10.5))
     assert not trigger.holds(facts(seconds=20.0))
@@ -98,7 +102,7 @@ def test_seconds_count_from_when_the_whole_trigger_fired_last() -> None:
 
 
 def test_seconds_stay_due_until_the_other_half_holds() -> None:
-    trigger = triggers.parse("seconds(10) & iterations(5)")
+    trigger = trigger_text.parse("seconds(10) & iterations(5)")
     assert [i for i in range(1, 16) if trigger.holds(facts(i, seconds=2.0 * i))] == [5, 10, 15]
     trigger.fired(facts(5, seconds=10.0))
     assert [i for i in range(6, 16) if trigger.holds(facts(i, seconds=2.0 * i))] == [10, 15]
@@ -117,7 +121,7 @@ def test_seconds_stay_due_until_the_other_half_holds() -> None:
 def test_a_plateau_is_as_many_validations_in_a_row_without_a_better_one(
     text: str, losses: list[float], ends_after: int | None
 ) -> None:
-    trigger = triggers.parse(text)
+    trigger = trigger_text.parse(text)
     held = []
     for loss in losses:
         trigger.validated({"loss": loss})
@@ -127,7 +131,7 @@ def test_a_plateau_is_as_many_validations_in_a_row_without_a_better_one(
 
 @given(trigger=ANY)
 def test_a_trigger_s_text_is_read_as_that_trigger(trigger: Trigger) -> None:
-    assert repr(triggers.parse(repr(trigger))) == repr(trigger)
+    assert repr(trigger_text.parse(repr(trigger))) == repr(trigger)
 
 
 @given(trigger=ANY, per_epoch=st.integers(1, 6))
@@ -156,7 +160,7 @@ def test_what_is_no_trigger_is_refused_with_the_setting_s_name(text: str) -> Non
 
 
 def test_a_metric_that_validations_do_not_give_is_refused() -> None:
-    made = Triggers(5, 2, validate=triggers.epochs(1), end=triggers.parse("epochs(1) & reached('acuracy', 1)"))
+    made = Triggers(5, 2, validate=triggers.epochs(1), end=trigger_text.parse("epochs(1) & reached('acuracy', 1)"))
     with pytest.raises(ConfigError, match="looks at 'acuracy' of the validation, but validations give loss, accuracy"):
         made.check(("loss", "accuracy"))
     with pytest.raises(ConfigError, match="this run has no validations"):
@@ -361,3 +365,12 @@ def test_a_schedule_that_cycles_the_momentum_too_is_refused(optimizer: Any, sche
     # Only rates travel in plans: such a run would differ from torch's in silence.
     with pytest.raises(ConfigError, match=f"({changed}|momentum).*cycle_momentum=False"):
         LearningRates(functools.partial(optimizer, lr=0.1), [{}], schedule)
+
+
+def test_a_folder_in_the_place_of_the_file_stop_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(faults, "_job", None)  # of which rank 0 alone would warn
+    (tmp_path / "STOP").mkdir()
+    StopRequests(tmp_path / "STOP", None).obeyed()
+    assert f"{tmp_path / 'STOP'} cannot be removed" in capsys.readouterr().err

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch.utils.data import Dataset
 
 import mpidl
 from mpidl.data import load_named
+from mpidl.parameters.driver import Driver
 from tests.cli.processes import MARK
 
 NUM_SAMPLES = 197
@@ -60,6 +64,18 @@ class BrokenDigits(NoisyDigits):
         return super().__getitem__(index)
 
 
+class EndingDigits(NoisyDigits):
+    """Reading one of its samples fails, or takes for ever, as FATE says: "raise" or "block"."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == MARKED:
+            Path(os.environ[MARK], "fate of a sample").touch()
+            if os.environ["FATE"].startswith("raise"):
+                raise RuntimeError("this sample" + " is broken")
+            time.sleep(3600)
+        return super().__getitem__(index)
+
+
 class NoisyNet(nn.Module):
     """Dropout, and BatchNorm both over images and over features; large enough for a shard on each of four ranks."""
 
@@ -93,14 +109,40 @@ class EndingNet(NoisyNet):
         return super().forward(images)
 
     def end(self) -> None:
-        Path(os.environ[MARK], f"fate of {mpidl.rank()}").touch()
+        fate = Path(os.environ[MARK], f"fate of {mpidl.rank()}")
+        if self.how in ("kill once", "pause") and fate.exists():
+            return  # after a restart
+        fate.touch()
         if self.how == "raise":
             raise RuntimeError("this rank" + " has failed")
         if self.how == "exit":
             sys.exit(3)
-        if self.how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how in ("kill", "kill once", "stop"):
+            os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else signal.SIGKILL)
+        if self.how == "lock":
+            re.match(r"(a+)+$", "a" * 40 + "b")  # for hours, and with the interpreter's lock
+        if self.how == "memory":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+            np.ones(2**30)
+        if self.how == "exchange":  # the thread that exchanges between nodes, at its next look
+            Driver.poll = fail_in_thread
+            return
+        if self.how == "cut":  # an emulated host's only link
+            subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+            return
+        if self.how == "mark":  # that somebody outside waits for
+            return
+        if self.how == "barrier":
+            mpidl.barrier()
+        if self.how == "pause":
+            time.sleep(6.0)
+            return
         time.sleep(3600)
+
+
+def fail_in_thread(driver: Driver) -> bool:
+    raise RuntimeError("this thread" + " has failed")
 
 
 class PoisonedNet(nn.Module):
@@ -123,6 +165,10 @@ class PoisonedNet(nn.Module):
 def noisy_digits() -> tuple[NoisyDigits, Any]:
     """A Dataset with augmentation for training, plain arrays for validation."""
     return NoisyDigits(NUM_SAMPLES), load_named("digits")[1]
+
+
+def ending_digits() -> tuple[EndingDigits, None]:
+    return EndingDigits(NUM_SAMPLES), None
 
 
 def broken_digits() -> tuple[BrokenDigits, None]:

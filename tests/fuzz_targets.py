@@ -1,0 +1,261 @@
+"""Everything that mpidl reads from files and messages, with contents that are good: see `fuzzing.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from mpidl import config
+from mpidl.checkpoint import load_optimizer, load_weights
+from mpidl.checkpoint.image import ShardImage
+from mpidl.checkpoint.manifest import FORMAT, MANIFEST, sealed
+from mpidl.checkpoint.transfer import checksum
+from mpidl.parameters import Assignment
+from mpidl.report_page.benches import machine_facts, read_bench, tables
+from mpidl.report_page.runs import read_run
+from mpidl.runtime.activity import RankState
+from mpidl.runtime.hang_report import describe
+from mpidl.runtime.node_files import NodeFiles
+from mpidl.scheduling import Action, Group, GroupPlan, Header, Replay, as_trigger, read_recording
+from tests.fuzz_data import DATA
+from tests.fuzzing import Target
+
+HEADER = Header(num_samples=40, batch_size=10, epochs=2, partitions=4, world_size=2)
+SHARD, REST = "shard-00000-of-00001.safetensors", "rest.safetensors"
+
+
+def plan(first: int) -> GroupPlan:
+    return GroupPlan(
+        index=first, epoch=0, first_iteration=first, assignment=Assignment(4, (0, 2, 4)), spans=((0, 10), (10, 20)),
+        learning_rates=((0.1, 0.2), (0.1, 0.3)), actions=Action.VALIDATE, budget_s=1.5,
+    )  # fmt: skip
+
+
+def lines(*values: Any) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def with_checksum(message: bytes) -> bytes:
+    """The message with the checksum that fits it, and its length."""
+    if len(message) < 16:
+        return message
+    head = message[:8] + struct.pack("<I", len(message))
+    return head + struct.pack("<I", zlib.crc32(message[16:], zlib.crc32(head))) + message[16:]
+
+
+def read_plans(folder: Path, content: bytes) -> None:
+    (folder / "plans.jsonl").write_bytes(content)
+    found = read_recording(folder)
+    found.check(HEADER, validates=True)
+    found.triggers(4, 2, keeps=True)
+    replay = Replay(found, HEADER.world_size)
+    for _ in found.groups:
+        made = replay.next_plan()
+        assert GroupPlan.decode(made.encode()).num_iterations == made.num_iterations <= found.largest_group
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def sum_of(content: bytes) -> str:
+    return checksum(np.frombuffer(content, np.uint8)).hex()
+
+
+def resealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """As a stranger writes it, who knows how checksums are made."""
+    return sealed({key: value for key, value in manifest.items() if key != "checksum"})
+
+
+def with_checksum_of_manifest(content: bytes) -> bytes:
+    """The same manifest, whose checksum fits, where it is one at all."""
+    try:
+        return lines(resealed(json.loads(content)))
+    except (ValueError, AttributeError, RecursionError):
+        return content
+
+
+def checkpoint() -> dict[str, bytes]:
+    """The files of a checkpoint of a tiny model."""
+    image = ShardImage(["weights", "state.momentum_buffer"], 6)
+    for vector in image.vectors.values():
+        vector[:] = np.arange(6)
+    with tempfile.TemporaryDirectory() as folder:
+        table = image.write(Path(folder, SHARD))
+        shard = Path(folder, SHARD).read_bytes()
+    rest = save({"mean": torch.zeros(3)})
+    manifest = {
+        "format": FORMAT, "layout": "x", "tensors": [["a", [2, 2]], ["b", [2]]], "aliases": {"tied": "a"},
+        "optimizer": {
+            "class": "SGD", "options": [{"lr": 0.1, "betas": [0.9, 0.99]}], "names": [["a", "b"]],
+            "state": [{"arrays": ["momentum_buffer"], "scalars": {"step": 3.0}, "tensor_scalars": ["step"]}],
+        },
+        "buffers": ["mean"], "progress": {"iteration": 3}, "number": 1,
+        "shards": [
+            {"file": SHARD, "runs": [[0, 6]], "vectors": image.keys, "data_start": image.data_start, "checksum": table}
+        ],
+        "rest": {"file": REST, "checksum": sum_of(rest)},
+    }  # fmt: skip
+    return {MANIFEST: lines(sealed(manifest)), SHARD: shard, REST: rest}
+
+
+FILES = checkpoint()
+
+
+def read_checkpoint(folder: Path, replaced: dict[str, bytes]) -> None:
+    path = folder / "checkpoints" / "epoch-000001"
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in (FILES | replaced).items():
+        (path / name).write_bytes(content)
+    load_weights(folder)
+    load_optimizer(path)
+
+
+def manifest_of(num_elements: int) -> bytes:
+    """A manifest that states so many elements, in the file that there is."""
+    manifest = json.loads(FILES[MANIFEST])
+    manifest["tensors"] = [["a", [num_elements]], ["b", [0]]]
+    manifest["shards"][0]["runs"] = [[0, num_elements]]
+    return lines(resealed(manifest))
+
+
+def read_rest_that_fits(folder: Path, content: bytes) -> None:
+    """The sums are those of a stranger, who knows how they are made."""
+    manifest = json.loads(FILES[MANIFEST])
+    manifest["rest"]["checksum"] = sum_of(content)
+    read_checkpoint(folder, {REST: content, MANIFEST: lines(resealed(manifest))})
+
+
+def safetensors_that_states(num_elements: int) -> bytes:
+    head = {"a": {"dtype": "F32", "shape": [num_elements], "data_offsets": [0, 4 * num_elements]}}
+    return len(json.dumps(head)).to_bytes(8, "little") + json.dumps(head).encode() + bytes(16)
+
+
+def read_weights(folder: Path, content: bytes) -> None:
+    (folder / "weights.safetensors").write_bytes(content)
+    load_weights(folder)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_toml(folder: Path, content: bytes) -> None:
+    (folder / "job.toml").write_bytes(content)
+    made = config.load(folder / "job.toml")
+    (folder / "config.toml").write_text(config.to_toml(made), encoding="utf-8")
+    assert config.config_hash(config.load(folder / "config.toml")) == config.config_hash(made)
+
+
+def read_flag(folder: Path, content: bytes) -> None:
+    given = argparse.Namespace(data_args=content.decode(errors="surrogateescape"))
+    config.load(None, config.overrides_from(given))
+
+
+def read_trigger(folder: Path, content: bytes) -> None:
+    as_trigger("end_when", content.decode(errors="surrogateescape"))
+
+
+# --- what runs and benchmarks tell ------------------------------------------------------------------------------------
+
+START: dict[str, Any] = {
+    "event": "start", "time": 1000.0, "ranks": 2, "nodes": 1, "hosts": ["vm"], "threads_per_rank": 1, "partitions": 4,
+    "partition_ranges": [[0, 2], [2, 4]], "batch_size": 8, "group_size": "auto", "parameters": 100, "shard_size": 50,
+    "memory_per_rank_bytes": {"weights": 400}, "train_samples": 32, "validation_samples": 8, "epochs": 4,
+    "iterations_per_epoch": 4, "total_iterations": 16, "first_iteration": 0, "bits": "partitions",
+    "reduction": "ordered", "seed": 0, "library": "MPI", "run_dir": "r", "versions": {"numpy": "2"},
+}  # fmt: skip
+EVENTS = [
+    START,
+    {
+        "event": "group", "time": 1005.0, "iteration": 4, "iterations": 4, "samples": 32, "loss": 2.0, "seconds": 2.0,
+        "group_size": 4, "phases": {"compute": 1.2, "wait": 0.4}, "seconds_per_sample": [0.1, 0.3],
+        "partition_starts": [0, 1, 4],
+    },
+    {"event": "epoch", "time": 1005.0, "epoch": 1, "iteration": 4, "loss": 2.0, "seconds": 5.0, "samples_per_s": 6.4},
+    {"event": "validation", "time": 1006.0, "epoch": 1, "iteration": 4, "loss": "nan", "accuracy": 0.5},
+    {"event": "checkpoint", "time": 1007.0, "iteration": 4, "bytes": 1024, "seconds": 0.1},
+    {"event": "warning", "time": 1008.0, "message": "slow"},
+    {"event": "end", "time": 1030.0, "status": "finished", "seconds": 30.0, "epochs": 4, "iterations": 16,
+     "message": "done", "phases": {"compute": 1.0}},
+]  # fmt: skip
+BENCH = {
+    "bench": "step", "command": "mpidl bench step",
+    "machine": {"hosts": ["vm"], "processor": "x", "cores": 2, "ranks": 2, "nodes": 1, "threads_per_rank": 1,
+                "versions": {"numpy": "2"}, "mpi": "MPICH"},
+    "rows": [{"case": "vgg", "way": "mpidl", "ranks": 2, "nodes": 1, "partitions": 8, "group_size": 4, "seconds": 0.5,
+              "spread": [0.4, 0.6], "limit_seconds": 0.3, "times_limit": 1.6, "bytes": 4000, "samples_per_s": 64.0,
+              "efficiency": 0.9, "share": 0.1, "counts": [1, 2], "baseline": "mpidl", "cpu_seconds": 0.1}],
+}  # fmt: skip
+
+
+def read_metrics(folder: Path, content: bytes) -> None:
+    (folder / "metrics.jsonl").write_bytes(content)
+    run = read_run(folder)
+    str((run.status, run.iteration, run.iterations_per_epoch, run.resumed_at))
+
+
+def read_bench_file(folder: Path, content: bytes) -> None:
+    (folder / "bench.json").write_bytes(content)
+    bench = read_bench(folder / "bench.json")
+    tables(bench), machine_facts(bench.machine)
+
+
+def read_node_file(folder: Path, content: bytes) -> None:
+    (folder / "hang").mkdir(exist_ok=True)
+    (folder / "hang" / "node-00001.json").write_bytes(content)
+    files = NodeFiles(folder, "key", 0, 2)
+    files.see_alarm()
+    for told in files.heard().values():
+        f"{told.quiet_s:.0f}", describe(told.states)
+
+
+STATE = RankState(
+    rank=1, host="vm", pid=3, iteration=8, phase="update", phase_s=4.2, waits_s=None, bucket=2, stack="File x"
+)
+NODE = {"job": "key", "count": 3, "has_alarm": True, "quiet_s": 5.0, "states": [dataclasses.asdict(STATE)]}
+
+TARGETS = {
+    "plan": Target((plan(0).encode(),), lambda _, content: GroupPlan.decode(content), names_the_file=False),
+    "plan, its checksum fits": Target(
+        (plan(0).encode(),), lambda _, content: GroupPlan.decode(with_checksum(content)), names_the_file=False
+    ),
+    "plans.jsonl": Target(
+        (lines({"header": dataclasses.asdict(HEADER)},
+               Group(plan(0), 2, ((1, Action.CHECKPOINT), (2, Action.VALIDATE)), ((1, (3,)),)).to_json(),
+               Group(plan(2), 1, ((3, Action.END),)).to_json()),),
+        read_plans, is_json=True,
+    ),
+    "manifest": Target(
+        (FILES[MANIFEST],), lambda f, content: read_checkpoint(f, {MANIFEST: with_checksum_of_manifest(content)}),
+        is_json=True,
+        hostile=tuple(map(manifest_of, (2**10, 2**28, 2**40, 2**62))),
+    ),
+    "shard": Target((FILES[SHARD],), lambda f, content: read_checkpoint(f, {SHARD: content})),
+    "rest": Target((FILES[REST],), read_rest_that_fits, hostile=(safetensors_that_states(2**40),)),
+    "weights": Target((save({"a": torch.ones(2, 2), "b": torch.zeros(3)}),), read_weights,
+                      hostile=(safetensors_that_states(2**40), b"\xff" * 7 + b"\x7f{}")),
+    **DATA,
+    "job file": Target(
+        (b'lr = 0.5\nepochs = 3\nend_when = "iterations(3)"\n[data_args]\na = [1, 2.5, "x"]\nb = {c = true}\n',),
+        read_toml,
+    ),
+    "--data-args": Target((b'{augment = true, size = 3, name = "x", more = [1, {a = 2}]}',), read_flag,
+                          names_the_file=False),
+    "--end-when": Target((b'reached("accuracy", 0.99) | plateau("loss", 5) & (epochs(2) | seconds(1e3))',),
+                         read_trigger, names_the_file=False),
+    "metrics.jsonl": Target((lines(*EVENTS),), read_metrics, is_json=True),
+    "bench": Target((lines(BENCH),), read_bench_file, is_json=True),
+    "node file": Target((lines(NODE),), read_node_file, is_json=True),
+}  # fmt: skip

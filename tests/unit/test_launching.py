@@ -1,0 +1,349 @@
+"""`mpidl launch` beside a launcher that is a shell script: what is started, how ends are judged, what is passed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpidl import cli
+from mpidl.errors import ConfigError, LaunchError
+from mpidl.launching.verdict import MOST_STARTS, STOPPED, Count, End, judge
+
+pytestmark = pytest.mark.launches
+
+PATIENCE_S = 30.0
+
+Launcher = Callable[..., str]
+"""Of what the first, the second, ... start does, in shell; gives the launcher's command."""
+
+BEGIN = 'touch "$run/config.new" && mv "$run/config.new" "$run/config.toml"; '
+CHECKPOINT = (
+    'mkdir -p "$run/checkpoints/epoch-00000$number" && touch "$run/checkpoints/epoch-00000$number/manifest.json"; '
+)
+LOSE = """echo '{"rank": 2, "host": "node07", "process": 5, "code": -9}' >"$run/ends/rank-00002.json"; exit 137"""
+FINISH = 'touch "$run/FINISHED"'
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, run_dir: Path) -> Launcher:
+    def make(*starts: str) -> str:
+        cases = "\n".join(f"{number}) {start} ;;" for number, start in enumerate(starts, 1))
+        script = tmp_path / "launcher"
+        script.write_text(
+            f"#!/bin/sh\nrun='{run_dir}' lines='{tmp_path}/lines'\nprintf '%s\\n' \"$*\" >>\"$lines\"\n"
+            f'number=$(wc -l <"$lines")\ncase $number in\n{cases}\nesac\n'
+        )
+        script.chmod(0o755)
+        return str(script)
+
+    return make
+
+
+def lines(tmp_path: Path) -> list[str]:
+    """What the launcher was started with."""
+    return (tmp_path / "lines").read_text().splitlines()
+
+
+def launched(launcher: str, run_dir: Path, *options: str) -> int:
+    return cli.main(["launch", "-n", "3", "--mpirun", launcher, *options, "mpidl", "train", "--run-dir", str(run_dir)])
+
+
+def test_a_lost_rank_is_named_and_the_training_resumed_in_its_run_directory(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launched(launcher(BEGIN + CHECKPOINT + LOSE, FINISH), run_dir) == 0
+    assert lines(tmp_path) == [f"-n 3 mpidl train --run-dir {run_dir}", f"-n 3 mpidl train --resume {run_dir}"]
+    told = capfd.readouterr().err
+    assert "lost rank 2 on node07; starts again from epoch-000001 on 3 ranks; restarts left: 2" in told
+    assert not (run_dir / "ends").exists()
+
+
+def test_a_training_killed_before_its_run_began_starts_as_it_did(
+    launcher: Launcher, run_dir: Path, tmp_path: Path
+) -> None:
+    assert launched(launcher(LOSE, FINISH), run_dir) == 0
+    assert lines(tmp_path) == 2 * [f"-n 3 mpidl train --run-dir {run_dir}"]
+
+
+def test_an_earlier_run_in_the_directory_is_not_gone_on_with(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    run_dir.mkdir()
+    (run_dir / "config.toml").touch()
+    assert launched(launcher(LOSE, "exit 2"), run_dir) == 2
+    assert lines(tmp_path) == 2 * [f"-n 3 mpidl train --run-dir {run_dir}"]
+    assert (run_dir / "config.toml").exists()
+
+
+def test_restarts_without_progress_are_bounded(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launched(launcher(*5 * [BEGIN + LOSE]), run_dir, "--restarts", "9") == 137
+    assert len(lines(tmp_path)) == MOST_STARTS
+    told = capfd.readouterr().err
+    assert f"no new checkpoint in {MOST_STARTS} starts in a row: gives up" in told
+    assert f"mpidl launch -n 3 mpidl train --resume {run_dir} goes on" in told
+
+
+def test_there_are_as_many_restarts_as_were_asked_for(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launched(launcher(*5 * [BEGIN + CHECKPOINT + LOSE]), run_dir, "--restarts", "1") == 137
+    assert len(lines(tmp_path)) == 2
+    assert "lost rank 2 on node07; no restarts are left; " in capfd.readouterr().err
+
+
+def test_nothing_is_restarted_where_the_launcher_fails_before_a_rank_begins(
+    launcher: Launcher, run_dir: Path, tmp_path: Path
+) -> None:
+    assert launched(launcher("exit 255"), run_dir) == 255
+    assert len(lines(tmp_path)) == 1
+    assert not run_dir.exists()
+
+
+def test_the_file_finished_of_an_earlier_run_does_not_count(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    run_dir.mkdir()
+    (run_dir / "FINISHED").touch()
+    assert launched(launcher(BEGIN + CHECKPOINT + LOSE, "exit 0"), run_dir, "--restarts", "1") == 1
+    assert len(lines(tmp_path)) == 2
+
+
+def test_the_file_ranks_has_the_training_stopped_and_started_on_as_many(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; echo 5 >"$run/RANKS"; while :; do sleep 0.05; done"""
+    assert launched(launcher(wait, FINISH), run_dir, "--restarts", "0") == 0
+    assert lines(tmp_path)[1] == f"-n 5 mpidl train --resume {run_dir}"
+    assert not (run_dir / "RANKS").exists()
+    assert "starts again from epoch-000001 on 5 ranks" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["9", "0", "many", "3"])
+def test_a_file_ranks_that_cannot_be_followed_changes_nothing(
+    text: str, launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait = f"""{BEGIN} echo {text} >"$run/RANKS"; while [ -e "$run/RANKS" ]; do sleep 0.05; done; {FINISH}"""
+    assert launched(launcher(wait), run_dir) == 0
+    assert len(lines(tmp_path)) == 1
+    assert f"RANKS says {text}" in capfd.readouterr().err.replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "trapped", "code"),
+    [(signal.SIGINT, "USR1", 130), (signal.SIGTERM, "USR1", STOPPED), (signal.SIGUSR1, "USR1", STOPPED)],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
+)
+def test_a_signal_ends_the_training_and_restarts_nothing(
+    sent: signal.Signals, trapped: str, code: int, launcher: Launcher, run_dir: Path, tmp_path: Path
+) -> None:
+    process = waiting(launcher(f"trap 'exit {code}' {trapped}; {BEGIN} while :; do sleep 0.05; done"), run_dir)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == code, told
+    assert len(lines(tmp_path)) == 1
+    assert b"goes on" in told
+
+
+def waiting(launcher: str, run_dir: Path) -> subprocess.Popen[bytes]:
+    """A process of `mpidl launch` whose training has begun."""
+    words = ["launch", "--mpirun", launcher, "mpidl", "train", "--run-dir", str(run_dir)]
+    process = subprocess.Popen([sys.executable, "-m", "mpidl", *words], stderr=subprocess.PIPE)
+    wait_for(run_dir / "config.toml")
+    return process
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert file.exists()
+
+
+def test_when_it_is_killed_the_launcher_is_asked_to_end(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    process = waiting(
+        launcher(f"trap 'touch {tmp_path}/ended; exit' TERM; {BEGIN} while :; do sleep 0.05; done"), run_dir
+    )
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "ended")
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (End(2, False, True), 2),
+        (End(11, False, True, rank_codes=[2, -9]), 2),
+        (End(3, False, True), 3),
+        (End(STOPPED, False, True), STOPPED),
+        (End(130, False, True, asked=signal.SIGINT), 130),
+        (End(139, True, True, rank_codes=[-11]), 0),
+    ],
+    ids=["bad input", "bad input on one rank", "not finite", "stopped", "interrupted", "lost after the end"],
+)
+def test_no_end_that_a_restart_does_not_mend_is_followed_by_one(end: End, code: int) -> None:
+    verdict = judge(end, Count(restarts_left=3))
+    assert (verdict.restarts, verdict.code) == (False, code)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [End(137, False, True), End(0, False, True), End(-9, False, True), End(4, False, True), End(76, False, True)],
+    ids=["lost", "a node lost under Open MPI", "the launcher killed", "no room for a checkpoint", "hung"],
+)
+def test_ends_that_another_start_may_mend_are_followed_by_one(end: End) -> None:
+    assert judge(end, Count(restarts_left=1)).restarts
+    left = judge(end, Count(restarts_left=0))
+    assert not left.restarts
+    assert left.code != 0
+
+
+def test_progress_is_a_new_checkpoint() -> None:
+    count = Count(restarts_left=9)
+    for checkpoint in (None, None, "epoch-000001", "epoch-000001", "epoch-000001"):
+        count.ended_with(checkpoint)
+        assert judge(End(137, False, True), count).restarts
+    count.ended_with("epoch-000001")
+    assert not judge(End(137, False, True), count).restarts
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which is missing"),
+        (["python", "train.py"], "mpidl launch starts a training"),
+        (["mpidl", "evaluate", "runs/digits"], "mpidl launch starts a training"),
+        (["mpidl", "train", "--epochz", "3"], "did you mean --epochs"),
+        (["mpidl", "train", "--replay", "runs/digits"], "cannot start a replay again"),
+        (["mpidl", "train", "--resume", "nowhere"], "is not a run directory"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_before_anything_is(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        cli.launch(cli.parse(["launch", "-n", "2", "--mpirun", "sh", *words]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-n", "0"], "'0' is not a number of at least 1"),
+        (["--restarts", "-1"], "'-1' is not a number of at least 0"),
+        (["--mpirun", "no-such-launcher -x"], "there is no such command"),
+        (["--mpirun", "'"], "cannot be read"),
+        (["--restart", "3"], "did you mean --restarts"),
+    ],
+)
+def test_options_that_are_wrong_are_told(options: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cli.launch(cli.parse(["launch", *options, "mpidl", "train"]))
+
+
+def test_it_cannot_be_started_by_the_ranks_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(LaunchError, match="not under mpirun"):
+        cli.launch(cli.parse(["launch", "mpidl", "train"]))
+
+
+def test_a_run_directory_is_made_where_none_was_given(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text("epochs = 3\n")
+    for number in (1, 2):
+        assert (
+            cli.main(
+                ["launch", "--mpirun", launcher('touch "runs/job/x"; exit 2', "exit 2"), "mpidl", "train", "job.toml"]
+            )
+            == 2
+        )
+        name = "job" if number == 1 else "job-2"
+        assert lines(tmp_path)[-1] == f"mpidl train job.toml --run-dir runs/{name}"
+    assert [path.name for path in Path("runs").iterdir()] == ["job"], "what nothing was written to is gone"
+
+
+# --- guards -------------------------------------------------------------------------------------------------------
+
+
+def guarded(code: str, run_dir: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A rank with a guard, and without MPI."""
+    script = f"import os, signal, sys, time\nfrom mpidl import guard\nguard.begin()\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", script, str(run_dir)],
+        env={**os.environ, "PMI_RANK": "2", **env},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        start_new_session=True,
+    )
+
+
+KILLED = "guard.tell(size=4, run_dir=sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_a_guard_names_its_lost_rank_writes_it_down_and_ends_alike(run_dir: Path) -> None:
+    (run_dir / "ends").mkdir(parents=True)
+    ended = guarded(KILLED, run_dir)
+    assert ended.returncode == -signal.SIGKILL
+    host = os.uname().nodename
+    assert ended.stderr.startswith("mpidl: error: rank 2 of 4 was lost: process ")
+    assert f" on {host} was killed by signal 9 (SIGKILL)" in ended.stderr
+    assert f"mpidl train --resume {run_dir} goes on" in ended.stderr
+    written = json.loads((run_dir / "ends" / "rank-00002.json").read_text())
+    assert (written["rank"], written["host"], written["code"]) == (2, host, -9)
+
+
+def test_a_loss_is_written_for_the_other_nodes_watchdogs_where_there_are_any(run_dir: Path) -> None:
+    run_dir.mkdir()
+    assert guarded(KILLED, run_dir).returncode == -signal.SIGKILL
+    assert not list(run_dir.iterdir())
+    assert guarded(f"guard.tell(job='key'); {KILLED}", run_dir).returncode == -signal.SIGKILL
+    (written,) = run_dir.rglob("*.json")
+    facts = json.loads(written.read_text())
+    assert (written.parent.name, facts["job"], facts["rank"], facts["code"]) == ("hang", "key", 2, -9)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit(7)", 7),
+        ("sys.exit(0)", 0),
+        # To the group, as launchers send it: the rank takes note, and its guard with it.
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); os.killpg(0, signal.SIGTERM); time.sleep(9)", 75),
+        ("os.killpg(0, signal.SIGUSR1); time.sleep(9)", -signal.SIGUSR1),
+        ("os.kill(os.getppid(), signal.SIGKILL); time.sleep(9)", -signal.SIGKILL),
+    ],
+    ids=["an error code", "success", "a stop", "a signal to both", "the guard killed"],
+)
+def test_a_guard_ends_like_its_rank_and_is_silent_where_nothing_was_lost(code: str, status: int, run_dir: Path) -> None:
+    ended = guarded(code, run_dir)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", "")
+
+
+def test_there_is_no_guard_where_survivors_go_on_or_nothing_was_launched(run_dir: Path) -> None:
+    asked = "print(os.getppid() == int(os.environ['PARENT']))"
+    env = {"PARENT": str(os.getpid())}
+    assert guarded(asked, run_dir, **env).stdout == "False\n"
+    assert guarded(asked, run_dir, **env, OMPI_MCA_mpi_ft_enable="1").stdout == "True\n"
+    assert guarded(asked, run_dir, **env, PMI_RANK="").stdout == "True\n"
+
+
+def test_guards_are_made_before_numpy_and_torch_start_threads() -> None:
+    code = "import sys, mpidl.cli; print(sorted({'numpy', 'torch', 'mpi4py'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.stdout == "[]\n"
