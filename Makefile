@@ -48,7 +48,7 @@ endif
 pytest = timeout -k 30 $(TEST_TIMEOUT) $(2) $(BIN)/python -m pytest $(PYTEST_ARGS) $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-1 bench check format data clean
+.PHONY: help setup train test test-1 test-thorough test-slurm bench soak check dist docs format data clean
 
 help:  ## Show the targets.
 	@sed -n 's/^\([a-z1-9N-]*\):.*  ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -73,14 +73,22 @@ train: setup  ## Train: the main job, or JOB=..., on RANKS=4 ranks, with more fl
 # File by file in their order: those that launch jobs take longest and come first.
 test-1-args := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: setup  ## Run all tests: plain pytest, then under mpirun with 2, 3 and 4 ranks.
-	$(call pytest,test-1) $(test-1-args)
+test: setup  ## Run the tests: plain pytest, then under mpirun with 2, 3 and 4 ranks.
+	$(call pytest,test-1) $(test-1-args) -m "not slurm and not thorough"
 	$(call pytest,test-2,$(MPIRUN) -n 2) tests/mpi -m "not thorough"
 	$(call pytest,test-3,$(MPIRUN) -n 3) tests/mpi -m "not thorough"
 	$(call pytest,test-4,$(MPIRUN) -n 4) tests/mpi -m "not thorough"
 
 test-1: setup
-	$(call pytest,test-1) $(test-1-args)
+	$(call pytest,test-1) $(test-1-args) -m "not slurm"
+
+test-thorough: setup  ## Run those tests that launch many jobs, which make test leaves out.
+	$(call pytest,test-thorough) $(test-1-args) -m "thorough and not slurm" tests/cli tests/cluster tests/unit/test_typing.py
+
+# Skipped tests fail: who asks for these wants them run.
+test-slurm: export MPIDL_TEST_SLURM := required
+test-slurm: setup  ## Run the tests on a real Slurm cluster, made on this machine (as root).
+	$(call pytest,test-slurm) tests/cluster -m slurm
 
 test-%: setup  ## Run the tests on N ranks; test-1 runs those that launch jobs too.
 	$(call pytest,test-$*,$(MPIRUN) -n $*)
@@ -90,13 +98,26 @@ bench: setup  ## Measure mpidl beside its peers on BENCH_RANKS=2 ranks, in small
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench sync --repeats 7 $(ARGS)
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench step --batch 16 --iterations 2 --repeats 5 $(ARGS)
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench plan --repeats 3 $(ARGS)
+	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench checkpoint --millions 8 --repeats 3 $(ARGS)
 
-check: setup  ## Lint, format, types, layers, spelling.
+soak: setup  ## Kill a training a hundred times and look at its checkpoints; ARGS="--kills 10" for fewer.
+	$(BIN)/python jobs/soak.py --mpirun "$(MPIRUN)" $(ARGS)
+
+check: setup  ## Lint, format, types, layers, spelling, scripts.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/shellcheck jobs/*.sbatch jobs/local/enter.sh jobs/local/doctor_faults.sh .ci/run .ci/smoke
+
+dist: setup  ## Build a wheel and a source archive into dist/, and try the wheel in an environment of its own.
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	.ci/smoke dist/*.whl
+
+docs: setup  ## Build the documentation into build/docs; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file .ci/mkdocs.yml
 
 format: setup  ## Bring the code into form.
 	$(BIN)/ruff check --fix
