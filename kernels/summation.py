@@ -156,7 +156,7 @@ def mean_rows(
         rows: as in `add_rows`.
         steps: as in `add_rows`.
         divisor: what the sum is divided by (a true division: x / 3 is not x * (1 / 3)).
-        out: float32, (num_elements,); overwritten; it overlaps no row.
+        out: float32, (num_elements,); overwritten; it is one of the rows, or overlaps none.
         squares: float64, (ceil(num_elements / BLOCK_SIZE),); overwritten with each block's sum of squares, the
             same bits on every rank count, and finite exactly if all of the block's elements are.
     """

@@ -2,7 +2,9 @@
 
 One iteration: 1. *collect*: a node barrier says that all rows and counters are complete; 2. each rank adds up all rows
 of the node over its own shard, slice by slice, and updates it in the node's one copy of the weights; 3. a node
-barrier says that all shards are updated. Nobody reads weights, and nobody writes rows, between the two barriers.
+barrier says that all shards are updated. Nobody reads weights, and nobody writes rows, between the two barriers; but
+where something needs the whole gradient before the update, each rank leaves the sum over its own shard in its own first
+row, where it alone reads this part of it.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ class Direct:
         self.exchange = exchange
         self.changes = changes
         # Used again for slice after slice, it stays in cache, and no gradient is ever written to memory.
-        largest = max((each.size for each in slices), default=0)
-        size = sum(each.size for each in slices) if keeps_gradient else largest
-        self._gradient = np.zeros(size, np.float32)
-        self._keeps_gradient = keeps_gradient
+        self._gradient = np.zeros(max((each.size for each in slices), default=0), np.float32)
+        self._whole: NDArray[np.float32] | None = None
+        """The row in which the gradient is left, over this rank's shard; None: one slice's after another."""
+        if keeps_gradient:
+            self.keep_gradient()
         self.buckets = [exchange.whole()]
         self.order = self.buckets
         self._counters = counters
@@ -84,17 +87,17 @@ class Direct:
         mean_of_node(self.exchange, self._plan, piece, divisor, self.own_gradient(piece), squares, self._team)
 
     def keep_gradient(self) -> None:
-        """Make room for the whole shard's gradient; what `own_gradient` gave before is not used any more."""
-        self._gradient = np.zeros(self.exchange.shards.size_of(self.exchange.world.rank), np.float32)
-        self._keeps_gradient = True
+        """Keep the whole shard's gradient; what `own_gradient` gave before is not used any more."""
+        self._gradient = np.empty(0, np.float32)
+        self._whole = self.exchange.rows[0]
 
     def own_gradient(self, piece: Slice) -> NDArray[np.float32]:
         """Where `mean` leaves a slice's gradient."""
-        return self._gradient[piece.own] if self._keeps_gradient else self._gradient[: piece.size]
+        return self._gradient[: piece.size] if self._whole is None else self._whole[piece.start : piece.stop]
 
     @property
     def exchange_bytes(self) -> dict[str, int]:
-        """What the summed gradient takes."""
+        """What the summed gradient takes beside the rows."""
         return {"summed gradient": self._gradient.nbytes}
 
     def own_weights(self, piece: Slice) -> NDArray[np.float32]:

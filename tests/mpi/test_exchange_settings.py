@@ -104,6 +104,15 @@ def test_a_norm_that_is_not_finite_ends_all_ranks_before_the_update(world: World
     manager.close()
 
 
+def test_the_whole_gradient_is_kept_in_the_rows_of_one_node(world: World) -> None:
+    """Clipping by the norm needs all of it before the update."""
+    with with_nodes(world, [world.size]) as other:
+        manager = mpidl.ParameterManager(made(dense), SGD, world=other, clip_norm=1.0)
+        kept = manager.memory_bytes()
+        assert (kept["gradient rows"], kept["summed gradient"]) == (4 * manager.layout.size, 0)
+        manager.close()
+
+
 @pytest.mark.parametrize(
     "setting", [{"clip_norm": 0.0}, {"clip_value": -1.0}, {"clip_norm": np.nan}, {"bucket_mb": 0.0}]
 )

@@ -41,7 +41,7 @@ class TiedAndFrozen(nn.Module):
         self.frozen.weight.requires_grad_(False)
         self.nothing = nn.Parameter(torch.empty(0, 3))
         self.decoder = nn.Linear(300, NUM_FEATURES, bias=False)
-        self.decoder.weight = nn.Parameter(self.encoder.weight.detach().t().clone())
+        self.decoder.weight = nn.Parameter(self.encoder.weight.detach().t().contiguous())
         self.again = self.decoder
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

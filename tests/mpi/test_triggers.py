@@ -40,9 +40,10 @@ class Recorder(Telemetry):
 
 
 def events_of(recorder: Recorder) -> list[tuple[Any, ...]]:
-    """What was done when, and the numbers that came of it."""
+    """What was done when, and the numbers that came of it; checkpoints, told when they are on disk, behind the rest."""
     told = ("event", "epoch", "iteration", "loss", "accuracy", "samples", "grad_norm", "lr", "status", "message")
     kept = [event for event in recorder.events if event["event"] not in ("start", "group", "balance")]
+    kept.sort(key=lambda event: bool(event["event"] == "checkpoint"))
     return [tuple((key, event[key]) for key in told if key in event) for event in kept]
 
 

@@ -101,6 +101,19 @@ def test_the_kernel_s_page_names_the_kinds_that_there_are() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", STEPS)
+def test_the_mean_may_take_the_place_of_a_row(size: int, case: str) -> None:
+    rows = make_rows(5, size)
+    expected, expected_squares = run_mean(rows, STEPS[case], 3.0)
+    for which in range(5):
+        copies = [row.copy() for row in rows]
+        squares = np.empty_like(expected_squares)
+        mean_rows(addresses(copies), as_array(STEPS[case]), 3.0, copies[which][:-1], squares)
+        assert copies[which][:-1].tobytes() == expected.tobytes()
+        assert squares.tobytes() == expected_squares.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", STEPS)
 def test_rows_get_the_bits_of_numpy_s_float32_additions_in_that_order(size: int, case: str) -> None:
     rows = make_rows(5, size)
     kept = [row.copy() for row in rows]
