@@ -52,9 +52,8 @@ class Keeping:
         newest = checkpoints.newest_iteration()
         found = checkpoint.find_in_files(self.files, newest, checkpoints.fits)
         if isinstance(found, str):
-            if newest:
-                message = f"goes on from the newest checkpoint, after iteration {newest}: {found}"
-                tell("restart", iteration=newest, source="a checkpoint", message=message)
+            where = f"goes on from the newest checkpoint, after iteration {newest}" if newest else "has no checkpoint"
+            tell("restart", iteration=newest, source="a checkpoint", message=f"{where}: {found}")
             return None
         self._iteration = found.iteration
         beside = f"the newest checkpoint is of iteration {newest}" if newest else "there is no checkpoint"

@@ -80,6 +80,9 @@ from mpidl.parameters import ParameterManager
 from mpidl.parameters.layout import Piece
 from mpidl.runtime import SharedMemoryError, World, on_all_ranks, warn
 
+UNKEPT = (SafetensorError, RuntimeError, NotImplementedError, TypeError, ValueError)
+"""What values raise that no file takes: then there is none, and training goes on."""
+
 
 class Images:
     """The images of a start, as `memory.Found` reads them.
@@ -120,16 +123,19 @@ class LocalFiles:
         self._layout = manager.layout.digest()
         self._name, self._path = announced.name, local_folder.DIRECTORY / announced.name
         self._is_first = world.local_rank == 0
-        self._fixed = describe_fixed(manager) if self._is_first else {}
+        self._fixed: dict[str, Any] = {}
         self._has_failed = False
         self._found: dict[Place, list[tuple[str, int]]] = {}
         """Where the images are that this rank can read: file and slot."""
         self._commons: dict[tuple[str, int], str] = {}
         failure = ""
         try:
+            self._fixed = describe_fixed(manager) if self._is_first else {}
             self._folder = open_folder(announced.name)
         except OSError as error:
-            failure = f"{local_folder.DIRECTORY / announced.name} on {world.hostname}: {error.strerror}"
+            failure = f"{self._path} on {world.hostname}: {error.strerror}"
+        except UNKEPT as error:
+            failure = f"the model has what cannot be kept: {error}"
         _agree(world, failure)
 
     def clear(self, *, only_of_others: bool) -> None:
@@ -233,21 +239,25 @@ class LocalFiles:
         """Write what is the same on all ranks, on the first one of each node; a full disk is told once."""
         if not self._is_first:
             return
-        tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in buffers.items()}
-        common = Common(series, iteration, state, self._fixed, travelling, serialised(tensors))
         name = f"{series}-{number}.common"
         try:
+            tensors = {
+                key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in buffers.items()
+            }
+            content = encode_common(
+                self._key, Common(series, iteration, state, self._fixed, travelling, serialised(tensors))
+            )
             descriptor = os.open(
                 f"{name}.new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW, 0o600, dir_fd=self._folder
             )
             with open(descriptor, "wb") as file:
-                file.write(encode_common(self._key, common))
+                file.write(content)
             os.rename(f"{name}.new", name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        except OSError as error:
+        except (OSError, *UNKEPT) as error:
             self._unlink(f"{name}.new")
             if not self._has_failed:
                 self._has_failed = True
-                warn(f"{self._path} cannot be written ({error.strerror}); a restart may lose more")
+                warn(f"{self._path} cannot be written ({error}); a restart may lose more")
 
     def keep_only(self, series: Iterable[str]) -> None:
         """Remove the files of this launch but for those of some series; the first rank of a node does it."""
@@ -356,7 +366,7 @@ class LocalFiles:
                     own[rank] = found
         if choice.common == self._world.rank:
             start = choice.series, choice.iteration
-            with contextlib.suppress(OSError, UnfitError, SafetensorError, CheckpointError, *MALFORMED):
+            with contextlib.suppress(OSError, UnfitError, CheckpointError, *UNKEPT, *MALFORMED):
                 found_common = self._read_common(self._commons[start])
                 if self._is_fit(found_common) and fits(found_common.state):
                     common = found_common

@@ -112,7 +112,8 @@ def test_two_nodes_in_a_row_are_more_than_can_be_lost(world: World, key: str) ->
         pytest.skip("two nodes have to be lost, and one to be left")
     with with_nodes(world, (world.size - 2, 1, 1)) as nodes:
         train(nodes, key, 2)
-        on_one(world, lambda: [local_folder.remove(announced("", node).name) for node in (1, 2)])
+        on_one(world, lambda: local_folder.remove(announced("", 1).name))
+        on_one(world, lambda: local_folder.remove(announced("", 2).name))
         found, manager = look(nodes, key)
         assert found == "of what was kept on the nodes, up to iteration 1, no newer start is whole and fits"
         manager.close()

@@ -110,7 +110,7 @@ class EndingNet(NoisyNet):
 
     def end(self) -> None:
         fate = Path(os.environ[MARK], f"fate of {mpidl.rank()}")
-        if self.how in ("kill once", "kill late", "pause") and fate.exists():
+        if self.how in ("kill once", "kill late", "pause", "sleep once") and fate.exists():
             return  # after a restart
         fate.touch()
         if self.how == "raise":
