@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 from mpidl import checkpoint, local_folder
@@ -63,17 +64,20 @@ class Keeping:
 
     def began(self) -> None:
         """Let `mpidl launch` know what is kept, and where this start began."""
-        if self.files is not None and self._world.rank == 0 and self._run_dir is not None:
-            kept = local_folder.Kept(self._world.num_nodes, self._iteration)
-            local_folder.tell_kept(kept, self._run_dir / ENDS)
+        if self.files is not None:
+            self._tell(self._world.num_nodes)
 
     def close(self) -> None:
         """Nothing needs to be kept any more: it has ended, or a checkpoint has it all. Collective."""
-        if self.files is not None and self._run_dir is not None:
+        if self.files is not None:
             self.files.close()
             self.files = None
-            if self._world.rank == 0:
-                local_folder.tell_removed(self._run_dir / ENDS)
+            self._tell(0)
+
+    def _tell(self, num_nodes: int) -> None:
+        if self._world.rank == 0 and self._run_dir is not None:
+            kept = local_folder.Kept(num_nodes, platform.node(), self._iteration)
+            local_folder.tell_kept(kept, self._run_dir / ENDS)
 
     def _announced(self) -> local_folder.Announced | None:
         """What `mpidl launch` says, if this is its training; rank 0's word counts."""

@@ -43,7 +43,9 @@ class Kept:
     """What ranks tell `mpidl launch`."""
 
     num_nodes: int
-    """That have such a folder."""
+    """That have such a folder; 0: they have removed it."""
+    host: str
+    """Of rank 0."""
     iteration: int
     """Iterations that were done where the ranks began, if that came from there; else 0."""
 
@@ -83,17 +85,11 @@ def tell_kept(kept: Kept, ends: pathlib.Path) -> None:
         _write(ends / _STATE, dataclasses.asdict(kept))
 
 
-def tell_removed(ends: pathlib.Path) -> None:
-    """Let it know that nothing is kept any more."""
-    with contextlib.suppress(OSError):
-        (ends / _STATE).unlink()
-
-
 def read_kept(ends: pathlib.Path) -> Kept | None:
-    """What ranks have told; None: nothing, or that nothing is kept any more."""
+    """What ranks have told; None: nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((ends / _STATE).read_text())
-        return Kept(int(found["num_nodes"]), int(found["iteration"]))
+        return Kept(int(found["num_nodes"]), str(found["host"]), int(found["iteration"]))
     return None
 
 

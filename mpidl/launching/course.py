@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
 from mpidl.guard import ENDS, die_with_parent
 from mpidl.launching.command import Command
-from mpidl.launching.verdict import HOPELESS, STOPPED, Count, End, Verdict, judge
+from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
 
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
@@ -52,8 +53,8 @@ class Course:
         self._count = Count(restarts, self._newest())
         self._announced = local_folder.announcement(self._run_dir) if restarts else None
         """Where ranks keep their state for another start."""
-        self._num_keeping = 0
-        """On so many nodes they do, and have not removed it."""
+        self._kept: local_folder.Kept | None = None
+        """What they have told of it last."""
         self._asked: signal.Signals | None = None
         self._end_by: float | None = None
         """When the launcher has to be ended with more force (time.monotonic), which is:"""
@@ -69,7 +70,7 @@ class Course:
         try:
             while True:
                 end = self._start()
-                self._count.ended_with(self._newest(), self._look_for_kept(end))
+                self._count.ended_with(self._newest(), self._look_for_kept())
                 verdict = judge(end, self._count)
                 if not verdict.restarts:
                     self._say_end(end, verdict)
@@ -159,7 +160,7 @@ class Course:
             self._count.restarts_left -= 1
         self._ranks, self._wanted = self._wanted or self._ranks, None
         where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
-        where += ", or from what its nodes have kept since," if self._num_keeping else ""
+        where += ", or from what its nodes have kept since," if self._kept and self._kept.num_nodes else ""
         number = "" if self._ranks is None else f" on {self._ranks} ranks"
         left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
         _say(f"{self._describe(end)}starts again {where}{number}{left}")
@@ -211,13 +212,10 @@ class Course:
         names = sorted(path.parent.name for path in self._run_dir.glob("checkpoints/epoch-*/manifest.json"))
         return names[-1] if names else None
 
-    def _look_for_kept(self, end: End) -> int:
-        """Note on how many nodes state is kept; the iterations that a start from such state began with."""
+    def _look_for_kept(self) -> int:
+        """Note what ranks have kept; the iterations that were done where a start from such state began."""
         kept = local_folder.read_kept(self._ends)
-        if kept is not None:
-            self._num_keeping = kept.num_nodes
-        elif end.is_finished or STOPPED in end.rank_codes:
-            self._num_keeping = 0  # ranks that end well remove theirs
+        self._kept = kept or self._kept
         return kept.iteration if kept is not None else 0
 
     def _remove_kept(self) -> None:
@@ -225,7 +223,8 @@ class Course:
         if self._announced is None:
             return
         local_folder.remove(self._announced.name)
-        if self._num_keeping < 2:
+        kept = self._kept
+        if kept is None or not kept.num_nodes or (kept.num_nodes == 1 and kept.host == platform.node()):
             return
         process = subprocess.Popen(
             self._command.removal(self._ranks, local_folder.DIRECTORY / self._announced.name),
