@@ -167,6 +167,11 @@ class Checkpoints:
             )
         return waited_s
 
+    def prepare(self) -> None:
+        """Have memory for the first one; to be called after the first iteration."""
+        if self._writer is not None:
+            self._writer.prepare()
+
     def poll(self) -> None:
         """Find out, without waiting, whether the one under way is complete; to be called after every iteration."""
         self._note(None if self._writer is None else self._writer.poll())

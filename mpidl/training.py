@@ -363,8 +363,11 @@ class Training:
                 if not is_end:
                     self._reports.gather(plan, index + 1, seconds)
                 return None
-            if self._progress.iteration > self._first_iteration + 1:  # the first one compiles and fills caches
+            if self._progress.iteration > self._first_iteration + 1:
                 self._stop_requests.took_iteration(time.perf_counter() - began)
+            elif self._triggers.checkpoint is not None:  # the first one compiles, and makes the optimizer's state
+                self._executor.settle()
+                self._checkpoints.prepare()
         if plan.actions & Action.WAIT:
             self._send()
             following = self._receive()

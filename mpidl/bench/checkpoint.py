@@ -1,8 +1,8 @@
 """`mpidl bench checkpoint`: writing and reading a checkpoint, and how long training stands still for it.
 
 *Written* is from the call to the last byte on disk (fsync), *the pause* until training could go on, each on the slowest
-rank. What the disk allows is `dd conv=fsync` of as many bytes, in turn with the ways, so it meets the same disk; what
-memory allows is a plain copy of each rank's shard, by all ranks at once. `dd` and plain calls go through the page
+rank. What the disk allows is `dd conv=fsync` of as many bytes, what memory allows a plain copy of each rank's shard, by
+all ranks at once; both in turn with the ways, so they meet the same machine. `dd` and plain calls go through the page
 cache, as they do by default; mpidl goes past it where the file system lets it. It writes random numbers, `dd` zeros,
 which cost nothing to make.
 
@@ -65,8 +65,8 @@ def _make(folder: pathlib.Path) -> None:
 
 def _measure(state: State, parsed: argparse.Namespace, names: Sequence[str]) -> list[Row]:
     ways = {name: WAYS[name](state) for name in names}
-    written = time_in_turn(state.world, ways, parsed.repeats)
-    copied = time_in_turn(state.world, {_COPY: Copy(state)}, parsed.repeats)
+    written = time_in_turn(state.world, {_COPY: Copy(state), **ways}, parsed.repeats)
+    copied = {_COPY: written.pop(_COPY)}
     pauses = {name: _pause(state.world, way) for name, way in ways.items() if name not in ("dd", "plain-writes")}
     folders = {type(way): way.path for way in ways.values()}
     readers: dict[str, Timed] = {

@@ -90,6 +90,7 @@ class Mpidl(Way):
     def __init__(self, state: State) -> None:
         super().__init__(state)
         self._writer = Writer(state.manager, self.path)
+        self._writer.prepare()
 
     def write(self) -> Callable[[], object]:
         """Write."""

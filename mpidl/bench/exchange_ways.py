@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from mpidl.bench import horovod
 from mpidl.bench.cases import Exchanged, Optimizer
-from mpidl.bench.limits import FLOAT_BYTES
+from mpidl.bench.limits import FLOAT_BYTES, ring_bytes, sent_bytes
 from mpidl.parameters import ParameterManager
 from mpidl.runtime import Pending, World
 
@@ -63,14 +63,14 @@ class Way(Protocol):
 
 
 class Mpidl:
-    """mpidl's ParameterManager, with any of its settings."""
+    """mpidl's ParameterManager."""
 
-    def __init__(self, world: World, exchanged: Exchanged, **settings: str) -> None:
+    def __init__(self, world: World, exchanged: Exchanged, *, reduction: str) -> None:
         self.parameters = exchanged.parameters()
         self._given, self._num_states = exchanged.gradients, exchanged.optimizer.num_states
         model = nn.ParameterList(self.parameters)
-        self._manager = ParameterManager(model, exchanged.optimizer.factory, world=world, **settings)  # type: ignore[arg-type]
-        self.sent_bytes = 2 * FLOAT_BYTES * exchanged.size * (world.num_nodes - 1) / world.size
+        self._manager = ParameterManager(model, exchanged.optimizer.factory, world=world, reduction=reduction)
+        self.sent_bytes = sent_bytes(world, exchanged.size, reduction=reduction)
 
     def prepare(self) -> None:
         """Let autograd give every parameter its gradient, as the end of a backward pass does."""
@@ -103,7 +103,7 @@ class MpiAllreduce:
         self._sum, views = flat_views(self.parameters)
         set_gradients(self.parameters, views)
         self._optimizer = exchanged.optimizer.factory(self.parameters)
-        self.sent_bytes = _of_ring(world, exchanged.size)
+        self.sent_bytes = ring_bytes(world, exchanged.size)
 
     def prepare(self) -> None:
         """Fill the vector that is sent."""
@@ -135,7 +135,7 @@ class GlooAllreduce:
         self._flat, self._mine = flat_views(self.parameters)
         set_gradients(self.parameters, self._mine)
         self._optimizer = self._make_optimizer(exchanged)
-        self.sent_bytes = _of_ring(world, exchanged.size)
+        self.sent_bytes = ring_bytes(world, exchanged.size)
 
     def _make_optimizer(self, exchanged: Exchanged) -> torch.optim.Optimizer:
         return exchanged.optimizer.factory(self.parameters)
@@ -167,7 +167,7 @@ class GlooZero(GlooAllreduce):
 
     def __init__(self, world: World, exchanged: Exchanged) -> None:
         super().__init__(world, exchanged)
-        self.sent_bytes = 1.5 * _of_ring(world, exchanged.size)
+        self.sent_bytes = 1.5 * ring_bytes(world, exchanged.size)
 
     def _make_optimizer(self, exchanged: Exchanged) -> torch.optim.Optimizer:
         return zero_optimizer(self.parameters, exchanged.optimizer)
@@ -212,7 +212,7 @@ WAYS: dict[str, _MakesWay] = {
     "zero-gloo": GlooZero,
     "horovod": Horovod,
 }
-"""All ways by name; those of mpidl take any of ParameterManager's settings."""
+"""All ways by name."""
 
 
 def flat_views(parameters: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -254,8 +254,3 @@ def zero_optimizer(parameters: Iterable[Tensor], optimizer: Optimizer) -> torch.
 def _fill(gradients: Iterable[Tensor], given: Iterable[Tensor]) -> None:
     for gradient, values in zip(gradients, given, strict=True):
         gradient.copy_(values)
-
-
-def _of_ring(world: World, size: int) -> float:
-    """Bytes that each rank sends in an allreduce of `size` float32 around a ring."""
-    return 2 * FLOAT_BYTES * size * (world.size - 1) / world.size

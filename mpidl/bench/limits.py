@@ -7,6 +7,7 @@ import time
 import numpy as np
 import torch
 
+from mpidl.parameters.baselines import BASELINES
 from mpidl.runtime import Pending, World
 
 FLOAT_BYTES = 4
@@ -35,6 +36,29 @@ def memory_bytes(world: World, size: int, num_states: int) -> float:
 def wire_bytes(world: World, size: int) -> float:
     """`WIRE_FORMULA`: bytes that a node has to send, and as many that it receives meanwhile."""
     return 2 * FLOAT_BYTES * size * (world.num_nodes - 1) / world.num_nodes
+
+
+def ring_bytes(world: World, size: int) -> float:
+    """Bytes that each rank sends in an allreduce of `size` float32 around a ring, which is the least.
+
+    To one rank and back, or through a tree, is as much for an average rank.
+    """
+    return 2 * FLOAT_BYTES * size * (world.size - 1) / world.size
+
+
+def sent_bytes(world: World, size: int, *, reduction: str, wire: str = "float32") -> float:
+    """Bytes that an average rank of mpidl's sends for `size` parameters: of `WIRE_FORMULA` its part of the node's.
+
+    Args:
+        world: ranks and nodes.
+        size: parameters.
+        reduction: of the ParameterManager; the baselines share no memory.
+        wire: of what travels.
+    """
+    if reduction in BASELINES:
+        return ring_bytes(world, size)
+    width = {"float32": 1.0, "bfloat16": 0.5}[wire]
+    return width * wire_bytes(world, size) * world.num_nodes / world.size
 
 
 class Copy:

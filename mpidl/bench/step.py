@@ -21,8 +21,21 @@ import torch
 from mpidl.bench import gloo, horovod, limits, report
 from mpidl.bench.cases import OPTIMIZERS, SEED, Batches, build_model, chosen
 from mpidl.bench.measuring import Timing, time_in_turn
-from mpidl.bench.report import Report, Row, Table, milliseconds, row, spread
-from mpidl.bench.step_ways import ALONE, LOCAL_SUM, ONE, ORDERED, PHASES, ROUNDING, WAYS, Alone, Clock, MakesWay, Way
+from mpidl.bench.report import Report, Row, Table, mib, milliseconds, row, spread
+from mpidl.bench.step_ways import (
+    ALONE,
+    LOCAL_SUM,
+    ONE,
+    ORDERED,
+    PHASES,
+    ROUNDING,
+    WAYS,
+    Alone,
+    Clock,
+    MakesWay,
+    Way,
+    num_elements,
+)
 from mpidl.errors import DisagreementError
 from mpidl.losses import WithAuxiliary
 from mpidl.runtime import World, on_all_ranks
@@ -116,7 +129,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
     with world.agreed("choosing ways and model"):
         names = chosen(parsed.ways, WAYS, horovod.unusable())
         model = build_model(parsed.model_name)
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = num_elements(model)
     with gloo.group(world):
 
         def loop(make: MakesWay, num_ranks: int = world.size) -> Loop:
@@ -139,7 +152,7 @@ def measure(world: World, parsed: argparse.Namespace) -> Report:
             each.close()
         loops.clear()
     notes = [] if wire_s is None else [f"wire limit {milliseconds(wire_s)} ms: {limits.WIRE_FORMULA}"]
-    return Report(rows, [_table(rows), _phase_table(rows)], notes)
+    return Report(rows, [_table(rows), _cost_table(rows), _phase_table(rows)], notes)
 
 
 def check(world: World, loops: Mapping[str, Loop]) -> None:
@@ -189,9 +202,10 @@ def _rows(
     return [
         row(
             world, case, name, seconds=timing.seconds, spread=timing.spread, limit_seconds=limit_s,
-            bytes=limits.FLOAT_BYTES * size, wire_limit_seconds=wire_s, cpu_seconds=timing.cpu_seconds,
+            bytes=loops[name].way.sent_bytes, wire_limit_seconds=wire_s, cpu_seconds=timing.cpu_seconds,
             samples_per_s=parsed.batch * loops[name].num_ranks / timing.seconds, baseline=first,
-            times_baseline=timing.seconds / timings[first].seconds, times_alone=timing.seconds / alone.seconds,
+            times_baseline=timing.seconds / timings[first].seconds, times_limit=timing.seconds / limit_s,
+            times_alone=timing.seconds / alone.seconds,
             exposed_seconds=timing.seconds - alone.seconds, more_cpu_seconds=timing.cpu_seconds - alone.cpu_seconds,
             phases=mean_phases(world, loops[name]), ranks=loops[name].num_ranks,
             nodes=1 if name == ONE else world.num_nodes, **_speeds(world, parsed, size, name, loops[name]),
@@ -228,16 +242,25 @@ def _speeds(world: World, parsed: argparse.Namespace, size: int, name: str, loop
 
 def _table(rows: Sequence[Row]) -> Table:
     title = report.title("step", rows[0])
-    headers = ("way", "ms", "quartiles", "samples/s", "x alone", "ratio", "exposed ms", "more CPU ms")
+    headers = ("way", "ms", "quartiles", "samples/s", "x limit", "ratio")
     texts = [
         (
             r["way"], milliseconds(r["seconds"]), spread(r["spread"]), f"{r['samples_per_s']:,.1f}",
-            f"{r['times_alone']:.3f}", f"{r['times_baseline']:.3f}", milliseconds(r["exposed_seconds"]),
-            milliseconds(r["more_cpu_seconds"]),
+            f"{r['times_limit']:.3f}", f"{r['times_baseline']:.3f}",
         )
         for r in rows
     ]  # fmt: skip
     return Table(title, headers, texts)
+
+
+def _cost_table(rows: Sequence[Row]) -> Table:
+    headers = ("way", "exposed ms", "more CPU ms", "MiB sent")
+    texts = [
+        (r["way"], milliseconds(r["exposed_seconds"]), milliseconds(r["more_cpu_seconds"]), mib(r["bytes"]))
+        for r in rows
+        if r["way"] not in (ALONE, ONE)
+    ]
+    return Table("what the exchange adds to a rank's iteration", headers, texts)
 
 
 def _phase_table(rows: Sequence[Row]) -> Table:

@@ -12,6 +12,7 @@ from torch import nn
 from mpidl.bench import horovod
 from mpidl.bench.cases import Optimizer
 from mpidl.bench.exchange_ways import allreduce, flat_views, set_gradients, zero_optimizer
+from mpidl.bench.limits import ring_bytes, sent_bytes
 from mpidl.parameters import ParameterManager
 from mpidl.runtime import World
 
@@ -59,6 +60,8 @@ class Way(Protocol):
 
     module: nn.Module
     """What the batch goes through."""
+    sent_bytes: float
+    """What an average rank sends in messages in an iteration, reckoned for the algorithm that sends least."""
 
     def prepare(self) -> None:
         """What has to be done before some iterations and is not timed."""
@@ -78,6 +81,7 @@ class Alone:
 
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         self.module = model
+        self.sent_bytes = 0.0
         self._optimizer = optimizer.factory(model.parameters())
 
     def prepare(self) -> None:
@@ -102,6 +106,7 @@ class Mpidl:
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer, **settings: Any) -> None:
         self.module = model
         self.manager = ParameterManager(model, optimizer.factory, world=world, **settings)
+        self.sent_bytes = sent_bytes(world, num_elements(model), reduction=settings["reduction"], wire=settings["wire"])
 
     def prepare(self) -> None:
         """Nothing."""
@@ -127,6 +132,7 @@ class MpiAllreduce:
 
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         self.module = model
+        self.sent_bytes = ring_bytes(world, num_elements(model))
         self._world, self._parameters = world, list(model.parameters())
         self._own, self._mine = flat_views(self._parameters)
         self._sum, self._means = flat_views(self._parameters)
@@ -159,6 +165,7 @@ class Ddp(Alone):
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(world, model, optimizer)
         self.module = _distributed(model)
+        self.sent_bytes = ring_bytes(world, num_elements(model))
 
 
 class DdpZero(Alone):
@@ -166,6 +173,7 @@ class DdpZero(Alone):
 
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         self.module = _distributed(model)
+        self.sent_bytes = 1.5 * ring_bytes(world, num_elements(model))  # it broadcasts the weights, too
         self._optimizer = zero_optimizer(model.parameters(), optimizer)
 
 
@@ -174,6 +182,7 @@ class Horovod(Alone):
 
     def __init__(self, world: World, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(world, model, optimizer)
+        self.sent_bytes = ring_bytes(world, num_elements(model))
         names = model.named_parameters()
         self._distributed = horovod.start().DistributedOptimizer(self._optimizer, named_parameters=names)
 
@@ -224,6 +233,11 @@ WAYS: dict[str, MakesWay] = {
 
 ROUNDING = {"mpidl-bfloat16"}
 """Ways whose weights lose digits where they travel."""
+
+
+def num_elements(model: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _distributed(model: nn.Module) -> nn.Module:

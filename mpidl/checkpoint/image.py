@@ -52,6 +52,10 @@ class ShardImage:
         self.vectors: dict[str, Float32Array] = dict(zip(self.keys, vectors, strict=True))
         """Each vector, float32, (size,), to be written by the owner."""
 
+    def touch(self) -> None:
+        """Have the system give the memory now; nothing may stand in the vectors yet. Lets the interpreter go."""
+        self._content[self.data_start :] = 0
+
     @property
     def num_bytes(self) -> int:
         """The length of the file."""

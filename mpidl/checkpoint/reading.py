@@ -9,12 +9,14 @@ Nothing is unpickled: numbers are taken as numbers, from the places that the man
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -35,35 +37,84 @@ from mpidl.parameters.state import group_options
 Float32Array = NDArray[np.float32]
 
 
+class PieceReader:
+    """Reads pieces of files into two buffers in turn: while one is checked and copied, a thread fills the other.
+
+    Args:
+        piece_bytes: the most that is read at a time; a multiple of CHUNK_BYTES.
+    """
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES // 2) -> None:
+        self.piece_bytes = piece_bytes
+        self._buffers = [pages(piece_bytes, for_transfer=True) for _ in range(2)]
+        """The first holds what was read last, the second is the thread's."""
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "mpidl-reading")
+        self._coming: tuple[tuple[int, int, int], concurrent.futures.Future[int]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
+        self._thread.shutdown()
+
+    def read(self, descriptor: int, position: int, size: int) -> tuple[Bytes, int]:
+        """A piece of a file, and how many of its bytes there are; it stays until the next call.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        piece = (descriptor, position, size)
+        if self._coming is None or self._coming[0] != piece:
+            self.ahead(*piece)
+        assert self._coming is not None
+        (_, future), self._coming = self._coming, None
+        found = future.result()
+        self._buffers.reverse()
+        return self._buffers[0][:size], found
+
+    def ahead(self, descriptor: int, position: int, size: int) -> None:
+        """Begin to read what is asked for next; what was begun before is let go."""
+        self.forget()
+        future = self._thread.submit(read_at, descriptor, position, self._buffers[1], size)
+        self._coming = ((descriptor, position, size), future)
+
+    def forget(self) -> None:
+        """Wait until nothing is read."""
+        if self._coming is not None:
+            concurrent.futures.wait([self._coming[1]])
+            self._coming = None
+
+
 class ShardFile:
     """A shard's file, of which elements can be read.
 
     Args:
         path: the checkpoint.
         entry: the file's in the manifest.
-        buffer: uint8, (PIECE_BYTES,), from `pages`; what is read passes through it.
+        reader: what is read passes through its buffers.
 
     Raises:
         DamagedError: the file is not there, too short, or its table of sums is not what was written.
     """
 
-    def __init__(self, path: pathlib.Path, entry: Mapping[str, Any], buffer: Bytes) -> None:
+    def __init__(self, path: pathlib.Path, entry: Mapping[str, Any], reader: PieceReader) -> None:
         self.path = path / entry["file"]
         self._places = {key: index for index, key in enumerate(entry["vectors"])}
         self._size = num_elements(entry)
         self._data_start = int(entry["data_start"])
         self._data_stop = self._data_start + 4 * self._size * len(self._places)
-        self._buffer = buffer
-        self._held = (0, 0)
-        """What the buffer holds: bytes [start, stop) of the file, checked."""
+        self._reader = reader
+        self._content: Bytes = np.empty(0, np.uint8)
+        self._start = 0
+        """The file's bytes from here on are in `_content`, checked."""
         check_length(self.path, self._data_stop + table_bytes(self._data_stop))
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise DamagedError(f"{self.path} cannot be read: {error.strerror}") from None
         try:
-            self._table = np.empty(table_bytes(self._data_stop), np.uint8)
-            self._read_at(self._data_stop, self._table, self._table.size)
+            self._table = self._read_table()
             if checksum(self._table).hex() != entry["checksum"]:
                 raise DamagedError(f"{self.path} is damaged: its table of sums is not what the manifest says")
             go_direct(self._descriptor)
@@ -73,6 +124,7 @@ class ShardFile:
 
     def close(self) -> None:
         """Close the file."""
+        self._reader.forget()
         os.close(self._descriptor)
 
     def read(self, key: str, place: int, target: Float32Array) -> None:
@@ -84,35 +136,51 @@ class ShardFile:
         left = target.view(np.uint8)
         position = self._data_start + 4 * (self._places[key] * self._size + place)
         while left.size:
-            if not self._held[0] <= position < self._held[1]:
+            if not self._start <= position < self._start + self._content.size:
                 self._take(position, position + left.size)
-            start, stop = self._held
-            found = self._buffer[position - start : min(stop - start, position - start + left.size)]
+            found = self._content[position - self._start :][: left.size]
             left[: found.size] = found
             position, left = position + found.size, left[found.size :]
 
     def _take(self, position: int, stop: int) -> None:
-        """Have the chunks that hold bytes [position, stop) of the file in the buffer, or as many as it has room for."""
-        first = position // CHUNK_BYTES
-        start = first * CHUNK_BYTES
-        size = min(-(-stop // CHUNK_BYTES) * CHUNK_BYTES, start + PIECE_BYTES, self._data_stop) - start
-        self._held = (0, 0)  # until it is known to be right
-        self._read_at(start, self._buffer, size)
+        """Have the chunks that hold bytes [position, stop) of the file, or as many as there is room for."""
+        start = position // CHUNK_BYTES * CHUNK_BYTES
+        size = self._piece_size(start, stop)
+        self._content = self._content[:0]  # until it is known to be right
+        with self._damage():
+            content, found = self._reader.read(self._descriptor, start, size)
+        self._check_whole(start, found, size)
+        if start + size < stop:
+            self._reader.ahead(self._descriptor, start + size, self._piece_size(start + size, stop))
         expected = self._table[table_bytes(start) :]
-        sums = chunk_sums(self._buffer[:size])
+        sums = chunk_sums(content)
         (wrong,) = np.nonzero(sums != expected[: sums.size])
         if wrong.size:
             damaged = start + int(wrong[0]) // SUM_BYTES * CHUNK_BYTES
             end = min(damaged + CHUNK_BYTES, self._data_stop)
             raise DamagedError(f"{self.path} is damaged: bytes {damaged} to {end} are not those that were written")
-        self._held = (start, start + size)
+        self._start, self._content = start, content
 
-    def _read_at(self, position: int, buffer: Bytes, size: int) -> None:
-        """Fill the beginning of a buffer from a place of the file."""
+    def _piece_size(self, start: int, stop: int) -> int:
+        """Of what is read at once: whole chunks, but for the file's end."""
+        return min(-(-stop // CHUNK_BYTES) * CHUNK_BYTES, start + self._reader.piece_bytes, self._data_stop) - start
+
+    def _read_table(self) -> Bytes:
+        table: Bytes = np.empty(table_bytes(self._data_stop), np.uint8)
+        with self._damage():
+            found = read_at(self._descriptor, self._data_stop, table, table.size)
+        self._check_whole(self._data_stop, found, table.size)
+        return table
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """An error of the system's is a damaged file."""
         try:
-            found = read_at(self._descriptor, position, buffer, size)
+            yield
         except OSError as error:
             raise DamagedError(f"{self.path} cannot be read: {error.strerror}") from None
+
+    def _check_whole(self, position: int, found: int, size: int) -> None:
         if found < size:
             raise DamagedError(f"{self.path} is damaged: it ends after {position + found} bytes")
 
@@ -263,17 +331,14 @@ def read_vectors(
     for entry, _ in shards:  # before there is memory for what they say that they hold
         check_length(path / entry["file"], 4 * len(entry["vectors"]) * num_elements(entry))
     vectors = {key: pages(4 * size).view(np.float32) for key in keys}
-    buffer = pages(PIECE_BYTES, for_transfer=True)
-    for entry, found in shards:
-        file = ShardFile(path, entry, buffer)
-        try:
-            for key in keys:
-                if key not in entry["vectors"]:
-                    raise DamagedError(f"{file.path} is damaged: it does not hold {key}")
-                for place, target, number in found:
-                    file.read(key, place, vectors[key][target : target + number])
-        finally:
-            file.close()
+    with PieceReader() as reader:
+        for entry, found in shards:
+            with contextlib.closing(ShardFile(path, entry, reader)) as file:
+                for key in keys:
+                    if key not in entry["vectors"]:
+                        raise DamagedError(f"{file.path} is damaged: it does not hold {key}")
+                    for place, target, number in found:
+                        file.read(key, place, vectors[key][target : target + number])
     return vectors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -101,6 +102,40 @@ def test_training_goes_on_while_a_checkpoint_of_the_past_is_written(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert checkpoint.load(manager, shared_tmp_path / "one") == {"validations": [1]}
     writer.close()
+
+
+def test_memory_for_snapshots_is_made_once_and_not_by_who_trains(
+    world: World, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_by = list[str]()
+    make = ShardImage.__init__
+
+    def noting(image: ShardImage, keys: list[str], size: int) -> None:
+        made_by.append(threading.current_thread().name)
+        make(image, keys, size)
+
+    monkeypatch.setattr(ShardImage, "__init__", noting)
+    train(world, shared_tmp_path / "run")
+    assert [name.partition("_")[0] for name in made_by] == ["mpidl-checkpoint"]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_what_was_prepared_for_other_states_is_made_anew(
+    world: World, shared_tmp_path: Path, steps_before: int
+) -> None:
+    with contextlib.closing(mpidl.ParameterManager(made(normalised), ADAM)) as manager:
+        for _ in range(steps_before):
+            step(manager)
+        writer = checkpoint.Writer(manager, shared_tmp_path)
+        writer.prepare()  # before the first step there are no moments
+        step(manager)
+        expected = {name: value.clone() for name, value in manager.model.state_dict().items()}
+        writer.begin(shared_tmp_path / "one", {})
+        assert writer.complete() is not None
+        writer.close()
+        step(manager)
+        checkpoint.load(manager, shared_tmp_path / "one")
+        assert differing(manager.model.state_dict(), expected) == []
 
 
 def test_polling_alone_completes_a_checkpoint(

@@ -135,6 +135,14 @@ def test_between_nodes_each_owns_its_part_of_the_state() -> None:
     assert limits.wire_bytes(world_of(1, 1, 1, 1), 100) == 2 * 4 * 75
 
 
+def test_what_an_average_rank_sends_is_its_part_of_its_node_s_unless_ranks_share_no_memory() -> None:
+    one, two, four = world_of(2), world_of(2, 2), world_of(1, 1, 1, 1)
+    assert [limits.sent_bytes(world, 100, reduction="ordered") for world in (one, two, four)] == [0, 200, 600]
+    assert [limits.sent_bytes(world, 100, reduction="mpi", wire="bfloat16") for world in (one, two)] == [0, 100]
+    for reduction in ("driver", "tree", "allreduce"):
+        assert [limits.sent_bytes(world, 100, reduction=reduction) for world in (one, two, four)] == [400, 600, 600]
+
+
 def wrong_sum(team: Team, rows: Sequence[kernels.Float32Array], out: kernels.Float32Array) -> Callable[[], object]:
     right = kernels.numpy_sum(team, rows, out)
 

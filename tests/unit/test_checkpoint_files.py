@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import pathlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from safetensors.numpy import load_file
 import mpidl
 from mpidl.checkpoint import files, load_weights, reading, transfer, weights
 from mpidl.checkpoint.files import Keep
-from mpidl.checkpoint.image import CHUNK_BYTES, ShardImage
+from mpidl.checkpoint.image import CHUNK_BYTES, ShardImage, chunk_sums
 from mpidl.checkpoint.manifest import MANIFEST
-from mpidl.checkpoint.reading import ShardFile, Wanted, overlaps
+from mpidl.checkpoint.reading import PieceReader, ShardFile, Wanted, overlaps
 from mpidl.checkpoint.report import REPORT_BYTES, Report
 from mpidl.checkpoint.snapshot import Compaction
-from mpidl.checkpoint.transfer import PIECE_BYTES, SUM_BYTES, pages
+from mpidl.checkpoint.transfer import SUM_BYTES, pages
 from mpidl.errors import CheckpointError, DamagedError
 from mpidl.parameters import FlatLayout
 from mpidl.parameters.layout import Piece
@@ -45,6 +47,12 @@ def shard(tmp_path: Path) -> tuple[ShardImage, dict[str, Any]]:
     return image, {**entry, "checksum": image.write(tmp_path / NAME)}
 
 
+@pytest.fixture
+def reader() -> Iterator[PieceReader]:
+    with PieceReader() as reader:
+        yield reader
+
+
 def test_a_shard_s_file_is_what_any_reader_of_safetensors_takes(
     tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]]
 ) -> None:
@@ -56,7 +64,7 @@ def test_a_shard_s_file_is_what_any_reader_of_safetensors_takes(
 
 
 def test_a_part_of_a_file_is_read_without_the_rest_of_it(
-    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], reader: PieceReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
     read = os.preadv
@@ -66,7 +74,7 @@ def test_a_part_of_a_file_is_read_without_the_rest_of_it(
         return seen[-1][1]
 
     monkeypatch.setattr(os, "preadv", counting)
-    file = ShardFile(tmp_path, shard[1], pages(PIECE_BYTES))
+    file = ShardFile(tmp_path, shard[1], reader)
     target = np.empty(10, np.float32)
     file.read("state.exp_avg", SIZE - 10, target)
     file.read("state.exp_avg", SIZE - 20, target)
@@ -80,25 +88,25 @@ def test_a_part_of_a_file_is_read_without_the_rest_of_it(
 
 @pytest.mark.parametrize("position", [0, 5000, CHUNK_BYTES - 1, CHUNK_BYTES, -1])
 def test_a_flipped_bit_anywhere_is_found_where_it_is_read(
-    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], position: int
+    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], reader: PieceReader, position: int
 ) -> None:
     content = bytearray((tmp_path / NAME).read_bytes())
     content[position] ^= 1
     (tmp_path / NAME).write_bytes(content)
     target = np.empty(SIZE, np.float32)
     with pytest.raises(DamagedError, match=f"{NAME} is damaged: (bytes|its table)"):
-        file = ShardFile(tmp_path, shard[1], pages(PIECE_BYTES))
+        file = ShardFile(tmp_path, shard[1], reader)
         for key in KEYS:
             file.read(key, 0, target)
 
 
 def test_a_damaged_chunk_is_named_and_what_was_read_before_is_not_taken_from_it(
-    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]]
+    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], reader: PieceReader
 ) -> None:
     content = bytearray((tmp_path / NAME).read_bytes())
     content[CHUNK_BYTES + 5000] ^= 1
     (tmp_path / NAME).write_bytes(content)
-    file = ShardFile(tmp_path, shard[1], pages(PIECE_BYTES))
+    file = ShardFile(tmp_path, shard[1], reader)
     target, whole = np.empty(10, np.float32), np.empty(SIZE, np.float32)
     for place, into in [(0, whole), (SIZE - 10, target)]:  # both chunks at once, then the second alone
         with pytest.raises(DamagedError, match=f"bytes {CHUNK_BYTES} to {shard[0].data_stop} are not"):
@@ -109,23 +117,52 @@ def test_a_damaged_chunk_is_named_and_what_was_read_before_is_not_taken_from_it(
 
 
 def test_more_than_the_buffer_holds_is_read_piece_by_piece(
+    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]]
+) -> None:
+    with PieceReader(CHUNK_BYTES) as reader:
+        file = ShardFile(tmp_path, shard[1], reader)
+        for key in ("weights", "state.exp_avg", "weights"):
+            target = np.empty(SIZE, np.float32)
+            file.read(key, 0, target)
+            assert np.array_equal(target, shard[0].vectors[key])
+        file.close()
+
+
+def test_what_is_asked_for_next_is_read_while_this_is_checked(
     tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "PIECE_BYTES", CHUNK_BYTES)
-    file = ShardFile(tmp_path, shard[1], pages(CHUNK_BYTES))
-    target = np.empty(SIZE, np.float32)
-    file.read("state.exp_avg", 0, target)
-    file.close()
+    """The second piece comes while the first one is summed, and only pieces that are wanted."""
+    second, seen = threading.Event(), list[int]()
+    read = os.preadv
+
+    def noting(descriptor: int, buffers: Any, position: int) -> int:
+        seen.append(position)
+        if position == CHUNK_BYTES:
+            second.set()
+        return read(descriptor, buffers, position)
+
+    def waiting(content: Any) -> Any:
+        assert second.wait(60)
+        return chunk_sums(content)
+
+    monkeypatch.setattr(os, "preadv", noting)
+    monkeypatch.setattr(reading, "chunk_sums", waiting)
+    with PieceReader(CHUNK_BYTES) as reader:
+        file = ShardFile(tmp_path, shard[1], reader)
+        target = np.empty(SIZE, np.float32)
+        file.read("state.exp_avg", 0, target)
+        file.close()
     assert np.array_equal(target, shard[0].vectors["state.exp_avg"])
+    assert {position for position in seen if position % CHUNK_BYTES == 0} == {0, CHUNK_BYTES}
 
 
 @pytest.mark.parametrize("length", [0, 4095, CHUNK_BYTES, -40, -1])
 def test_a_file_that_is_too_short_is_found(
-    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], length: int
+    tmp_path: Path, shard: tuple[ShardImage, dict[str, Any]], reader: PieceReader, length: int
 ) -> None:
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:length])
     with pytest.raises(DamagedError, match=f"{NAME} is damaged: it ends after"):
-        ShardFile(tmp_path, shard[1], pages(PIECE_BYTES))
+        ShardFile(tmp_path, shard[1], reader)
 
 
 @pytest.mark.parametrize("refuses", [False, True])
