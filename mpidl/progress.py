@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mpidl.settings import Settings
 ONLY_AT_END = "only_at_end"
 """Key of a validation that was due because the training ended there: one that goes on would not have had it."""
 
+_POSITION = ("iteration", "epoch_sums", "validations", "ended_by")
 _TOLD_WAIT_S = 0.1
 """How long a checkpoint waits for the one before it until that is worth a warning."""
 
@@ -50,9 +51,11 @@ class Progress:
     ended_by: str | None = None
     """The trigger that has ended the training before its last epoch; None: none has."""
 
-    def copy(self) -> Progress:
-        """The same, which stays as it is."""
-        return dataclasses.replace(self, epoch_sums=self.epoch_sums.copy(), validations=list(self.validations))
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Progress:
+        """What `Checkpoints.describe` told of."""
+        sums, validations = np.array(kept["epoch_sums"]), list(kept["validations"])
+        return cls(int(kept["iteration"]), sums, validations, kept["ended_by"])
 
     @property
     def newest_validation(self) -> dict[str, Any]:
@@ -113,16 +116,38 @@ class Checkpoints:
         waited_s = self._wait_for_the_one_before(progress.iteration)
         epoch, more = divmod(progress.iteration, self._iterations_per_epoch)
         path = checkpoint.checkpoint_path(run_dir, epoch, more)
-        kept = {
-            "epoch": epoch,
+        kept = self.describe(progress)
+        self._pending = {"epoch": epoch, "iteration": progress.iteration, "path": str(path), "waited_s": waited_s}
+        self._writer.begin(path, kept)
+
+    def describe(self, progress: Progress) -> dict[str, Any]:
+        """A training's position as JSON values, and what it is the position of; nobody changes it."""
+        return {
+            "epoch": progress.iteration // self._iterations_per_epoch,
             "iteration": progress.iteration,
             "epoch_sums": progress.epoch_sums.tolist(),
-            "validations": progress.validations,
+            "validations": list(progress.validations),
             "ended_by": progress.ended_by,
             **self._identity(),
         }
-        self._pending = {"epoch": epoch, "iteration": progress.iteration, "path": str(path), "waited_s": waited_s}
-        self._writer.begin(path, kept)
+
+    def fits(self, kept: Mapping[str, Any]) -> bool:
+        """Whether what `describe` gave is of this training; threads are taken as they were."""
+        own = {name: value for name, value in self._identity().items() if name != "threads_per_rank"}
+        return own.items() <= kept.items() and {"threads_per_rank", *_POSITION} <= kept.keys()
+
+    def take_threads(self, kept: Mapping[str, Any]) -> None:
+        """Go on with as many threads a rank as then: bits depend on them."""
+        self._world = init(kept["threads_per_rank"]).for_purpose("checkpoint")
+
+    def newest_iteration(self) -> int:
+        """Iterations that the newest checkpoint holds, and remember it; 0: there is none. Collective."""
+        run_dir = self._settings.run_dir
+        found = checkpoint.list_checkpoints(run_dir)[-1:] if self._world.rank == 0 and run_dir is not None else []
+        found = self._world.broadcast_object(found)
+        for (epoch, more), path in found:
+            self.last, self.last_iteration = path, epoch * self._iterations_per_epoch + more
+        return max(0, self.last_iteration)
 
     def _wait_for_the_one_before(self, iteration: int) -> float:
         assert self._writer is not None
@@ -206,10 +231,10 @@ class Checkpoints:
 
     def _load(self, path: pathlib.Path) -> Progress:
         kept = checkpoint.load(self._manager, path)
-        missing = sorted({"iteration", "epoch_sums", "validations", "ended_by", *self._identity()} - kept.keys())
+        missing = sorted({*_POSITION, *self._identity()} - kept.keys())
         if missing:
             raise on_all_ranks(CheckpointError(f"{path} is not one of a training: it lacks {', '.join(missing)}"))
-        self._world = init(kept["threads_per_rank"]).for_purpose("checkpoint")
+        self.take_threads(kept)
         for name, value in self._identity().items():
             if kept[name] != value:
                 raise on_all_ranks(
@@ -218,7 +243,7 @@ class Checkpoints:
                     )
                 )
         self.last, self.last_iteration = path, int(kept["iteration"])
-        return Progress(self.last_iteration, np.array(kept["epoch_sums"]), kept["validations"], kept["ended_by"])
+        return Progress.of(kept)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same in a resumed run for the same numbers."""

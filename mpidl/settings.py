@@ -95,8 +95,15 @@ class Settings:
 
     def survives(self, world: World) -> bool:
         """Whether the others go on where a rank is lost: where MPI does, and each partition may be anybody's."""
+        return self._can_keep() and ulfm.is_on()
+
+    def outlives(self) -> bool:
+        """Whether state is kept for a restart, where `mpidl launch` would start the training again."""
+        return self._can_keep() and self.run_dir is not None
+
+    def _can_keep(self) -> bool:
         shares = self.reduction not in BASELINES and not needs_lockstep(self.model)
-        return self.recovery == "auto" and ulfm.is_on() and shares
+        return self.recovery == "auto" and shares
 
     def check(self, world: World) -> None:
         """Raise ConfigError where the settings do not fit each other or the ranks."""

@@ -15,7 +15,6 @@ it is built, broadcast and received after the group and all that is due at its e
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from mpidl import checkpoint
 from mpidl.config import FINISHED
 from mpidl.data import Loader, Source
 from mpidl.errors import CheckpointError, MpidlError, NonFiniteLossError
+from mpidl.keeping import Keeping
 from mpidl.parameters import Assignment, ParameterManager
 from mpidl.parameters.counters import DROPPED, FLAGS, LOSS_SUM, SAMPLES, SECONDS, WEIGHT
 from mpidl.planning import make_coordinator, make_header, make_triggers, measured
@@ -65,14 +65,6 @@ from mpidl.summary import (
     describe_start,
 )
 from mpidl.tracing import Tracing
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """What is kept in memory when a group begins, beside the manager's."""
-
-    progress: Progress
-    summary_sums: NDArray[np.float64]
 
 
 class Training:
@@ -125,11 +117,15 @@ class Training:
         self._summary_sums = np.zeros(3)
         self._clock = 0.0
         """The clock of the rank with partition 0, when the last iteration ended."""
+        self._keeping = Keeping(settings, world, manager, start)
         self._progress = self._where_to_begin(start)
         self.memory: checkpoint.Memory | None = None
         """What is kept for the case that ranks are lost."""
-        if settings.survives(world) and replay is None:
-            self.memory = checkpoint.Memory(manager, world, None if start.found is None else start.found.memory)
+        survives, files = settings.survives(world) and replay is None, self._keeping.files
+        if survives or files is not None:
+            before = None if start.found is None else start.found.before
+            self.memory = checkpoint.Memory(manager, world, before, files)
+        self._survives = survives
         self._first_iteration = self._progress.iteration
         self._lost: list[dict[str, Any]] = list(left.lost) if left else []
         if start.loss is not None:
@@ -143,7 +139,6 @@ class Training:
         self._remember_validations()
         self._loader = left.loader if left else settings.open_train_loader(train)
         self._stop_requests = self._listen()
-        survives = self.memory is not None
         watch(settings.hang_seconds, settings.on_hang, settings.run_dir, is_training=True, survives=survives)
         self._executor = make_executor(
             manager,
@@ -204,14 +199,20 @@ class Training:
         """What is done already, with weights and optimizer as they were then."""
         if start.found is not None:
             return self._recovered(start.found)
-        return self._resumed() if start.resume else Progress()
+        if not start.resume:
+            return Progress()
+        found = self._keeping.find(self._checkpoints, self._record)
+        if found is None:
+            return self._resumed()
+        progress = self._recovered(found)
+        self._checkpoints.take_threads(found.state)
+        return progress
 
     def _recovered(self, found: checkpoint.Found) -> Progress:
-        """What those who live have kept in memory, loaded."""
+        """What was kept when a group began, loaded."""
         found.restore(self._manager, self._world)
-        kept: _Kept = found.state
-        self._summary_sums = kept.summary_sums.copy()
-        return kept.progress.copy()
+        self._summary_sums = np.array(found.state["summary_sums"])
+        return Progress.of(found.state)
 
     def _take_over(self, left: Left) -> None:
         """Go on with what the course before has left."""
@@ -275,6 +276,7 @@ class Training:
 
     def _run(self) -> None:
         self._tell_loss()
+        self._keeping.began()
         self._record("start", **describe_start(self._facts()))
         self._warn_of_idle_ranks()
         if self._world.rank == 0 and self._settings.run_dir is not None:
@@ -316,7 +318,7 @@ class Training:
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due on its way; returns the next plan, None after the last."""
         if self.memory is not None:
-            state = _Kept(self._progress.copy(), self._summary_sums.copy())
+            state = {**self._checkpoints.describe(self._progress), "summary_sums": self._summary_sums.tolist()}
             self.memory.keep(self._progress.iteration, state, self._clock)
         try:
             return self._run_iterations(plan)
@@ -553,6 +555,7 @@ class Training:
         found = describe_end(self._history, time.perf_counter() - self._began)
         if self.stopped:
             self._record_end("stopped", self.stopped, found)
+            self._keeping.close()
             return
         weights = None
         run_dir = self._settings.run_dir
@@ -565,6 +568,7 @@ class Training:
         reason = "the run that is repeated did" if self._replay else f"end_when says: {self._settings.end_when}"
         message = f"ended early, as {reason}" if is_early else None
         self._record_end("finished", message, {**found, "weights": _text(weights)})
+        self._keeping.close()
 
     def _record_end(self, status: str, message: str | None, found: dict[str, Any]) -> None:
         done = self._progress.iteration
@@ -600,7 +604,7 @@ class Training:
             "validation_samples": 0 if self._validation is None else len(self._validation),
             "triggers": self._triggers,
             "first_iteration": self._first_iteration,
-            "recovery": self.memory is not None,
+            "recovery": self._survives,
             "goes_on": self._loss is not None,
             "lost": self._lost,
             "elapsed_s": time.perf_counter() - self._began,

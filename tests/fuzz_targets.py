@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import struct
 import tempfile
 import zlib
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import save
 
 from mpidl import config
-from mpidl.checkpoint import load_optimizer, load_weights
+from mpidl.checkpoint import load_optimizer, load_weights, local_format
 from mpidl.checkpoint.image import ShardImage
 from mpidl.checkpoint.manifest import FORMAT, MANIFEST, sealed
+from mpidl.checkpoint.slots import NUM_SLOTS, Slot
 from mpidl.checkpoint.transfer import checksum
+from mpidl.errors import MALFORMED, DamagedError
 from mpidl.parameters import Assignment
 from mpidl.report_page.benches import machine_facts, read_bench, tables
 from mpidl.report_page.runs import read_run
@@ -148,6 +151,56 @@ def read_weights(folder: Path, content: bytes) -> None:
     load_weights(folder)
 
 
+# --- what nodes keep for a restart ------------------------------------------------------------------------------------
+
+KEPT = local_format.Header("k" * 32, "0" * 16, 0, 1, "x", ("weights", "state.momentum_buffer"), ((0, 6),), 4096)
+COMMON = local_format.Common("0" * 16, 3, {"iteration": 3}, {"layout": "x"}, ["mean"], save({"mean": torch.zeros(3)}))
+
+
+def kept_image() -> bytes:
+    content = np.zeros(NUM_SLOTS * KEPT.slot_bytes, np.uint8)
+    for number, half in enumerate(content.reshape(NUM_SLOTS, KEPT.slot_bytes)):
+        slot = Slot(half, KEPT.keys, KEPT.size, KEPT.head_bytes, has_sum=True)
+        slot.vectors["weights"][:] = np.arange(6)
+        slot.close(number, [{"arrays": ["momentum_buffer"], "scalars": {"step": 3.0}}])
+    return KEPT.encode() + content.tobytes()
+
+
+def read_kept_image(folder: Path, content: bytes) -> None:
+    (folder / "image").write_bytes(content)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        file, num_bytes = local_format.open_file(descriptor, "image")
+        try:
+            header, start = local_format.read_header(file, num_bytes)
+            for number in range(NUM_SLOTS):
+                local_format.read_slot(file, header, start, number).scalars()
+        finally:
+            os.close(file)
+    except (OSError, local_format.UnfitError, *MALFORMED) as error:  # what those who look at a node's files pass over
+        raise DamagedError(f"{folder}: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def read_kept_header(folder: Path, content: bytes) -> None:
+    """The sum is that of a stranger, who knows how it is made; the slots are good ones."""
+    head = b"mpidl kept state" + len(content).to_bytes(8, "little") + bytes.fromhex(sum_of(content)) + content
+    slots = kept_image()[len(KEPT.encode()) :]
+    read_kept_image(folder, head.ljust(-(-len(head) // 4096) * 4096, b"\0") + slots)
+
+
+def read_kept_common(folder: Path, content: bytes) -> None:
+    try:
+        local_format.decode_common("key", content)
+    except (local_format.UnfitError, *MALFORMED) as error:
+        raise DamagedError(f"{folder}: {error}") from None
+
+
+KEPT_HEADER = json.dumps({"format": 1, **dataclasses.asdict(KEPT)}).encode()
+KEPT_COMMON = local_format.encode_common("key", COMMON)
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +299,18 @@ TARGETS = {
     "rest": Target((FILES[REST],), read_rest_that_fits, hostile=(safetensors_that_states(2**40),)),
     "weights": Target((save({"a": torch.ones(2, 2), "b": torch.zeros(3)}),), read_weights,
                       hostile=(safetensors_that_states(2**40), b"\xff" * 7 + b"\x7f{}")),
+    "kept image": Target((kept_image(),), read_kept_image),
+    "kept header, its checksum fits": Target(
+        (KEPT_HEADER,), read_kept_header, is_json=True,
+        hostile=(
+            KEPT_HEADER.replace(b"[[0, 6]]", b"[[0, 1099511627776]]"), KEPT_HEADER.replace(b"[[0, 6]]", b"[[0, 7000]]"),
+            KEPT_HEADER.replace(b"4096}", b"4611686018427387904}"),
+        ),
+    ),
+    "kept common": Target((KEPT_COMMON,), read_kept_common),
+    "kept common, its checksum fits": Target(
+        (KEPT_COMMON[16:],), lambda f, content: read_kept_common(f, bytes.fromhex(sum_of(content)) + content)
+    ),
     **DATA,
     "job file": Target(
         (b'lr = 0.5\nepochs = 3\nend_when = "iterations(3)"\n[data_args]\na = [1, 2.5, "x"]\nb = {c = true}\n',),

@@ -1,7 +1,8 @@
 """Checkpoints in shards, and plain weights."""
 
 from mpidl.checkpoint.files import CHECKPOINTS, Keep, checkpoint_path, list_checkpoints
-from mpidl.checkpoint.memory import Found, Memory, find
+from mpidl.checkpoint.local import LocalFiles
+from mpidl.checkpoint.memory import Found, Memory, find, find_in_files
 from mpidl.checkpoint.reading import load
 from mpidl.checkpoint.weights import WEIGHTS, load_optimizer, load_weights, save_optimizer, save_weights
 from mpidl.checkpoint.writer import Outcome, Writer, save
@@ -11,11 +12,13 @@ __all__ = [
     "WEIGHTS",
     "Found",
     "Keep",
+    "LocalFiles",
     "Memory",
     "Outcome",
     "Writer",
     "checkpoint_path",
     "find",
+    "find_in_files",
     "list_checkpoints",
     "load",
     "load_optimizer",

@@ -19,6 +19,9 @@ there are and, where these are others than before, share new segments. Those bef
 the memory of the world before the last loss stays until this one's second start, when every rank has completed the
 first. So if one more rank is lost at any moment, what it takes is there.
 
+Where `mpidl launch` would start the training again, the slots lie in files that outlive all ranks, and what is the same
+on all ranks is written down beside them, once a node; which of them is found then, and how, is told in `local.py`.
+
 The fourth start is timed. Where groups are so short that keeping all starts would take more than COST_SHARE of the
 time, some are left out: the same ones on all ranks, by a clock that came with the gradients.
 """
@@ -26,13 +29,14 @@ time, some are left out: the same ones on all ranks, by a clock that came with t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpidl.checkpoint.local import Images, LocalFiles
 from mpidl.checkpoint.reading import Wanted, install, overlaps, wanted_by
 from mpidl.checkpoint.slots import NUM_SLOTS, Slot, Store
 from mpidl.checkpoint.snapshot import Compaction
@@ -58,14 +62,17 @@ class Memory:
         manager: whose weights, buffers and optimizer.
         world: all ranks, with their nodes.
         before: of the world before the last loss; kept until this one's own are complete.
+        files: where it is to outlive all ranks; None: it need not.
     """
 
-    def __init__(self, manager: ParameterManager, world: World, before: Memory | None = None) -> None:
+    def __init__(
+        self, manager: ParameterManager, world: World, before: Memory | None = None, files: LocalFiles | None = None
+    ) -> None:
         self.before = before
         self.generation: int = 0 if before is None else before.generation + 1
         """Of the worlds of a job, which one's it is."""
         self._manager: ParameterManager | None = manager
-        self._world = world
+        self._world, self._files = world, files
         self._compaction = Compaction(manager.layout, manager.shard_runs)
         self.runs = [_unpadded(manager, manager.runs_of(rank)) for rank in range(world.size)]
         """Each rank's shard: elements [start, stop) of the vector without gaps."""
@@ -81,7 +88,7 @@ class Memory:
 
         Args:
             iteration: iterations that are done, more than the last time.
-            state: what else is needed to go on; the same on all ranks, and nobody changes it.
+            state: what else is needed to go on, JSON values; the same on all ranks, and nobody changes it.
             now: seconds of a clock that is the same on all ranks.
         """
         if not self._has_room or 0 <= now - self._kept_at < self._interval_s:
@@ -92,10 +99,12 @@ class Memory:
         self._num_kept += 1
         if self._num_kept > 1:
             self.before = None
+        if self._num_kept > _COLLECTIVE:
+            del self._stores[:-1]
+        if self._files is not None and 1 < self._num_kept <= _COLLECTIVE + 1 and self._stores:
+            self._files.keep_only([self._stores[-1].series])  # a start of it is complete on all ranks
         if self._num_kept <= _COLLECTIVE:
             self._arrange(scalars)
-        else:
-            del self._stores[:-1]
         if self._stores:
             self._write(self._manager, iteration, state, scalars)
             self._stores[-1].pass_on(self._num_kept % NUM_SLOTS)
@@ -115,11 +124,12 @@ class Memory:
         keys = ["weights", *(f"state.{state}" for state in states)]
         if self._stores and self._stores[-1].keys == keys:
             return
-        sizes = [sum(stop - start for start, stop in runs) for runs in self.runs]
         try:
-            self._stores.append(Store(world, keys, sizes, len(merged)))
+            self._stores.append(Store(world, keys, self.runs, len(merged), self._files))
         except SharedMemoryError as error:
             warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
+            if self._files is not None:
+                self._files.keep_only([])
             self._has_room = False
             self._stores.clear()
 
@@ -137,6 +147,9 @@ class Memory:
                 return  # an optimizer that makes new state later: nothing is kept of it
             self._compaction.copy(start, values, slot.vectors[f"state.{key}"])
         slot.close(iteration, scalars)
+        if self._files is not None:
+            store_number = self._num_kept % NUM_SLOTS
+            self._files.write_common(self._stores[-1].series, store_number, iteration, *self._own[iteration])
         for old in sorted(self._own)[:-3]:
             del self._own[old]
 
@@ -166,18 +179,23 @@ class Found:
     """A start of a group that all of which can be read.
 
     Args:
-        memory: whose.
+        memory: whose, or what is read from files.
         iteration: iterations that were done then.
         holders: by rank of then, the ranks of now that can read its image.
     """
 
-    def __init__(self, memory: Memory, iteration: int, holders: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, memory: Memory | Images, iteration: int, holders: Mapping[int, Sequence[int]]) -> None:
         self.memory, self.iteration, self._holders = memory, iteration, holders
 
     @property
     def state(self) -> Any:
         """What `Memory.keep` was given."""
         return self.memory.state(self.iteration)[0]
+
+    @property
+    def before(self) -> Memory | None:
+        """What the memory of the next course is to keep until it has its own."""
+        return self.memory if isinstance(self.memory, Memory) else None
 
     def restore(self, manager: ParameterManager, world: World) -> None:
         """Give weights, buffers and optimizer their values of then. Collective."""
@@ -222,6 +240,21 @@ class Found:
             into = vectors.setdefault(key, np.zeros(size, np.float32))
             for place, target, number in pieces:
                 into[target : target + number] = vector[place : place + number]
+
+
+def find_in_files(files: LocalFiles, newer_than: int, fits: Callable[[dict[str, Any]], bool]) -> Found | str:
+    """The newest start that the nodes have kept for a restart, or why there is none. Collective.
+
+    Args:
+        files: of the nodes.
+        newer_than: iterations that it must have more than.
+        fits: whether a state is one of this training.
+    """
+    found = files.find(newer_than, fits)
+    if isinstance(found, str):
+        return found
+    choice, images = found
+    return Found(images, choice.iteration, {rank: [holder] for rank, holder in enumerate(choice.holders)})
 
 
 def find(memory: Memory | None, world: World) -> Found | None:

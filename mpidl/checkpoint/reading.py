@@ -215,8 +215,7 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
     world = manager.world.for_purpose("checkpoint")
     with world.agreed(f"loading {path}"):
         manifest = read_manifest(path)
-        _check_fits(manager, path, manifest)
-        _check_options(manager, path, manifest)
+        check_fits(manager, path, manifest)
     with world.agreed(f"loading {path}"):
         vectors = _read_own(manager, path, manifest)
         rest = _read_own_rest(manager, path, manifest)
@@ -246,7 +245,8 @@ def install(
     manager.shard_optimizer.load(state, scalars)
 
 
-def _check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+def check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless what is said of model and optimizer is true of the manager's."""
     given = [(name, tuple(shape)) for name, shape in manifest["tensors"]]
     own = [(slot.name, slot.shape) for slot in manager.layout.slots]
     if given != own or manifest["layout"] != manager.layout.digest():
@@ -257,6 +257,7 @@ def _check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping
             f"{path} is of {manifest['optimizer']['class']} with {len(manifest['optimizer']['options'])} param "
             f"groups, this run has {kind} with {len(manager.param_groups)}"
         )
+    _check_options(manager, path, manifest)
 
 
 def _check_options(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:

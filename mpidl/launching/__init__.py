@@ -15,6 +15,10 @@ training:
    guard (`mpidl/guard.py`) has written into the folder `ends` before the launcher could know of it. `verdict.py` has
    the rules, which are those of `jobs/preempt.sbatch`.
 
+Where there are restarts, ranks keep their state in a folder of each node's memory (`local_folder.py`), whose name and
+key stand in the folder `ends`, too. They remove it when they end well; else this process does in the end, by the
+launcher where there are other nodes.
+
 What if. A rank is lost: its guard has named it already; this process says what it does about it. A node is lost: the
 launcher ends sooner or later, or the watchdog ends the job; nobody was there to write an end, and it is judged as a
 loss all the same. This process is killed: the system sends SIGTERM to the launcher, which ends the ranks.

@@ -33,10 +33,16 @@ class Command:
             ranks: how many; None: the launcher knows.
             resumes: whether a start before it has begun the run.
         """
-        number = [] if ranks is None else ["-n", str(ranks)]
         anew = self.training.is_resumed or not resumes
         arguments = self.arguments if anew else ["--resume", str(self.run_dir)]
-        return [*self.launcher, *number, *self.program, "train", *arguments]
+        return [*self._start(ranks), *self.program, "train", *arguments]
+
+    def removal(self, ranks: int | None, path: pathlib.Path) -> list[str]:
+        """The command that removes a folder from all nodes."""
+        return [*self._start(ranks), "rm", "-rf", "--", str(path)]
+
+    def _start(self, ranks: int | None) -> list[str]:
+        return [*self.launcher, *([] if ranks is None else ["-n", str(ranks)])]
 
 
 def make(launcher: str | None, words: Sequence[str], read: Callable[[Sequence[str]], Training]) -> Command:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
 from mpidl.guard import ENDS, die_with_parent
 from mpidl.launching.command import Command
@@ -27,6 +29,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LOOK_S = 0.2
 _AGAIN_S = 1.0
 """After which SIGTERM is sent once more: ranks that listen take the first one as a wish to stop."""
+_REMOVAL_S = 20.0
+"""How long a launcher may take to remove what was kept on its nodes: one that is gone does not answer."""
 _ENDS_S = 10.0
 """How long the launcher may then take to end all ranks."""
 
@@ -47,6 +51,10 @@ class Course:
         self._wanted: int | None = None
         """The ranks of the next start, where it was asked for."""
         self._count = Count(restarts, self._newest())
+        self._announced = local_folder.announcement(self._run_dir) if restarts else None
+        """Where ranks keep their state for another start."""
+        self._kept: local_folder.Kept | None = None
+        """What they have told of it last."""
         self._asked: signal.Signals | None = None
         self._end_by: float | None = None
         """When the launcher has to be ended with more force (time.monotonic), which is:"""
@@ -62,7 +70,7 @@ class Course:
         try:
             while True:
                 end = self._start()
-                self._count.ended_with(self._newest())
+                self._count.ended_with(self._newest(), self._look_for_kept())
                 verdict = judge(end, self._count)
                 if not verdict.restarts:
                     self._say_end(end, verdict)
@@ -80,6 +88,8 @@ class Course:
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
             self._ends.mkdir(mode=0o700)
+            if self._announced is not None:
+                local_folder.announce(self._announced, self._ends)
         finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
         parent = os.getpid()
         self._process = subprocess.Popen(
@@ -150,6 +160,7 @@ class Course:
             self._count.restarts_left -= 1
         self._ranks, self._wanted = self._wanted or self._ranks, None
         where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
+        where += ", or from what its nodes have kept since," if self._kept and self._kept.num_nodes else ""
         number = "" if self._ranks is None else f" on {self._ranks} ranks"
         left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
         _say(f"{self._describe(end)}starts again {where}{number}{left}")
@@ -201,7 +212,36 @@ class Course:
         names = sorted(path.parent.name for path in self._run_dir.glob("checkpoints/epoch-*/manifest.json"))
         return names[-1] if names else None
 
+    def _look_for_kept(self) -> int:
+        """Note what ranks have kept; the iterations that were done where a start from such state began."""
+        kept = local_folder.read_kept(self._ends)
+        self._kept = kept or self._kept
+        return kept.iteration if kept is not None else 0
+
+    def _remove_kept(self) -> None:
+        """Remove what killed ranks have kept: of this node, and by the launcher of the others, if they live."""
+        if self._announced is None:
+            return
+        local_folder.remove(self._announced.name)
+        kept = self._kept
+        if kept is None or not kept.num_nodes or (kept.num_nodes == 1 and kept.host == platform.node()):
+            return
+        process = subprocess.Popen(
+            self._command.removal(self._ranks, local_folder.DIRECTORY / self._announced.name),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_REMOVAL_S)
+                return
+            process.send_signal(number)
+        process.wait()
+
     def _tidy(self) -> None:
+        self._remove_kept()
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a run lies there
             self._run_dir.rmdir()

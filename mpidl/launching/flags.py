@@ -26,7 +26,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the command's options; what is behind them is the training's."""
     parser.add_argument("-n", dest="ranks", type=_positive, metavar="RANKS", help="ranks (default: the launcher knows)")
     parser.add_argument(
-        "--restarts", type=_natural, default=3, metavar="N", help="how often it may start again (default: 3)"
+        "--restarts",
+        type=_natural,
+        default=3,
+        metavar="N",
+        help="how often it may start again, from what its nodes have kept or the newest checkpoint (default: 3)",
     )
     parser.add_argument(
         "--mpirun",

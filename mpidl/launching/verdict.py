@@ -43,11 +43,14 @@ class Count:
     """The newest whole one when the last start ended."""
     fruitless: int = 0
     """Starts in a row, up to the last one, that have not left a new checkpoint."""
+    began: int = 0
+    """Iterations that were done where a start began from what nodes had kept, the most."""
 
-    def ended_with(self, checkpoint: str | None) -> None:
-        """Count a start by the newest whole checkpoint after it."""
-        self.fruitless = self.fruitless + 1 if checkpoint == self.checkpoint else 0
-        self.checkpoint = checkpoint
+    def ended_with(self, checkpoint: str | None, began: int = 0) -> None:
+        """Count a start by the newest whole checkpoint after it, and by where it could begin."""
+        is_fruitless = checkpoint == self.checkpoint and began <= self.began
+        self.fruitless = self.fruitless + 1 if is_fruitless else 0
+        self.checkpoint, self.began = checkpoint, max(began, self.began)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.errors import MpidlError
+from mpidl.local_folder import DIRECTORY as DIRECTORY
 from mpidl.runtime.faults import on_all_ranks
 from mpidl.runtime.world import World
-
-DIRECTORY = pathlib.Path(os.environ.get("MPIDL_SHM_DIR", "/dev/shm"))
 
 
 class SharedMemoryError(MpidlError):

@@ -50,7 +50,7 @@ class Telemetry:
 
         Args:
             event: "start", "group", "balance", "straggler", "epoch", "validation", "summary", "histograms",
-                "checkpoint", "recovery", "trace", "warning" or "end".
+                "checkpoint", "recovery", "restart", "trace", "warning" or "end".
             fields: numbers, texts, lists and tables; NumPy and torch scalars become numbers, and NaN and
                 infinities the strings "nan", "inf" and "-inf", which JSON has no numbers for.
         """

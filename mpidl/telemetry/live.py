@@ -55,7 +55,7 @@ class LiveView:
                 self._begin()
         elif event == "validation":
             self._console.print(validation_line(fields, self._status))
-        elif event in ("warning", "straggler", "recovery"):
+        elif event in ("warning", "straggler", "recovery", "restart"):
             self._console.print(f"mpidl: {'warning: ' if event == 'warning' else ''}{fields['message']}")
         is_last = self._status.iteration == self._status.total_iterations or event == "end"
         if self._live is not None and (is_last or self._clock() - self._drawn_at >= DRAW_EVERY_S):

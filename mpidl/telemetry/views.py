@@ -111,6 +111,9 @@ class PlainView:
     def _show_recovery(self, fields: Fields) -> None:
         self._console.print(f"mpidl: {fields['message']}")
 
+    def _show_restart(self, fields: Fields) -> None:
+        self._console.print(f"mpidl: {fields['message']}")
+
     def _show_warning(self, fields: Fields) -> None:
         self._console.print(f"mpidl: warning: {fields['message']}")
 

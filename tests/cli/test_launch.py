@@ -28,9 +28,10 @@ JOB = [
 PATIENCE_S = 90.0
 
 
-def launched(n: int, watched: Watched, run_dir: Path, fate: str, *flags: str) -> Completed:
+def launched(n: int, watched: Watched, run_dir: Path, fate: str, *flags: str, restarts: int = 3) -> Completed:
     launcher = f"{mpirun()} --oversubscribe" if is_open_mpi() else mpirun()
-    command = [*MPIDL, "launch", "-n", str(n), "--mpirun", launcher, *MPIDL, "train", *JOB, str(run_dir), *flags]
+    options = ["-n", str(n), "--restarts", str(restarts), "--mpirun", launcher]
+    command = [*MPIDL, "launch", *options, *MPIDL, "train", *JOB, str(run_dir), *flags]
     return run(command, env={**watched.env, "FATE": fate}, timeout=150.0)
 
 
@@ -69,6 +70,38 @@ def test_a_killed_rank_is_named_and_the_restarted_run_ends_with_the_undisturbed_
     assert f"lost rank 1 on {platform.node()}; starts again from epoch-00000" in ended.stderr, ended.output
     assert weights(tmp_path / "run") == undisturbed
     assert not (tmp_path / "run" / "ends").exists()
+    watched.check_nothing_is_left(ended)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_restart_goes_on_from_what_the_nodes_have_kept_to_the_undisturbed_bits(
+    undisturbed: str, tmp_path: Path, rank: int
+) -> None:
+    watched, run_dir = Watched(tmp_path), tmp_path / "run"
+    # The fourth iteration, of four partitions a rank; in it three starts of groups and a checkpoint are behind.
+    flags = ["--group-size", "1", "--checkpoint-every", "iterations(2)"]
+    ended = launched(2, watched, run_dir, f"kill late:{rank}:14", *flags).check()
+    assert f"lost rank {rank} on {platform.node()}; starts again from " in ended.stderr, ended.output
+    assert "mpidl: goes on from what the nodes have kept, after iteration 3; the" in ended.stdout, ended.output
+    assert weights(run_dir) == undisturbed
+    watched.check_nothing_is_left(ended)
+
+
+def test_what_killed_ranks_have_kept_is_removed_when_there_are_no_restarts_left(tmp_path: Path) -> None:
+    watched, run_dir = Watched(tmp_path), tmp_path / "run"
+    (shared, _) = watched.folders
+    seen: list[str] = []
+    looking = when_fate_is_met(tmp_path, lambda: seen.extend(path.name for path in shared.glob("mpidl-*/*.own")))
+    ended = launched(2, watched, run_dir, "kill late:1:14", "--group-size", "1", restarts=0)
+    looking.join()
+    assert not seen, "nothing is kept for restarts that there are not"
+    (tmp_path / "fate of 1").unlink()
+    looking = when_fate_is_met(tmp_path, lambda: seen.extend(path.name for path in shared.glob("mpidl-*/*.own")))
+    ended = launched(2, watched, tmp_path / "again", "raise:1:14", "--group-size", "1", restarts=1)
+    looking.join()
+    assert ended.returncode == 1, ended.output
+    assert seen
+    assert "no restarts are left" in ended.stderr, ended.output
     watched.check_nothing_is_left(ended)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidl import cli
+from mpidl import cli, local_folder
 from mpidl.errors import ConfigError, LaunchError
 from mpidl.launching.verdict import MOST_STARTS, STOPPED, Count, End, judge
 
@@ -84,6 +85,47 @@ def test_an_earlier_run_in_the_directory_is_not_gone_on_with(launcher: Launcher,
     assert launched(launcher(LOSE, "exit 2"), run_dir) == 2
     assert lines(tmp_path) == 2 * [f"-n 3 mpidl train --run-dir {run_dir}"]
     assert (run_dir / "config.toml").exists()
+
+
+def test_what_killed_ranks_have_kept_is_removed_from_all_nodes_in_the_end(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_folder, "DIRECTORY", tmp_path)
+    name = local_folder.name_of(run_dir)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").touch()
+    kept = BEGIN + told(2)
+    noted = 'grep -q key "$run/ends/keep.json" || exit 2; '
+    assert launched(launcher(noted + kept + LOSE, noted + LOSE, "exit 0"), run_dir, "--restarts", "1") == 137
+    assert lines(tmp_path)[1:] == [f"-n 3 mpidl train --resume {run_dir}", f"-n 3 rm -rf -- {tmp_path / name}"]
+    assert not (tmp_path / name).exists()
+
+
+def told(num_nodes: int, host: str = platform.node()) -> str:
+    """What rank 0 tells of what is kept."""
+    told = json.dumps({"num_nodes": num_nodes, "host": host, "iteration": 7})
+    return f"""echo '{told}' >"$run/ends/kept.json"; """
+
+
+@pytest.mark.parametrize(
+    ("last", "is_removed"),
+    [(told(2), True), (told(1, "node07"), True), (told(1), False), (told(2) + told(0), False), ("", True)],
+    ids=["two nodes", "another node", "this node", "ranks have removed it", "not told again"],
+)
+def test_the_launcher_removes_what_is_kept_where_nobody_else_does(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, last: str, is_removed: bool
+) -> None:
+    assert launched(launcher(BEGIN + told(2) + LOSE, last + LOSE, "exit 0"), run_dir, "--restarts", "1") == 137
+    assert len(lines(tmp_path)) == 2 + is_removed
+
+
+def test_nothing_is_to_be_kept_without_restarts(launcher: Launcher, run_dir: Path) -> None:
+    assert (
+        launched(
+            launcher('[ -d "$run/ends" ] && [ ! -e "$run/ends/keep.json" ] && ' + FINISH), run_dir, "--restarts", "0"
+        )
+        == 0
+    )
 
 
 def test_restarts_without_progress_are_bounded(

@@ -110,14 +110,16 @@ class EndingNet(NoisyNet):
 
     def end(self) -> None:
         fate = Path(os.environ[MARK], f"fate of {mpidl.rank()}")
-        if self.how in ("kill once", "pause") and fate.exists():
+        if self.how in ("kill once", "kill late", "pause", "sleep once") and fate.exists():
             return  # after a restart
         fate.touch()
         if self.how == "raise":
             raise RuntimeError("this rank" + " has failed")
         if self.how == "exit":
             sys.exit(3)
-        if self.how in ("kill", "kill once", "stop"):
+        if self.how == "kill late":
+            time.sleep(1.0)  # the others come so far, too
+        if self.how in ("kill", "kill once", "kill late", "stop"):
             os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else signal.SIGKILL)
         if self.how == "lock":
             re.match(r"(a+)+$", "a" * 40 + "b")  # for hours, and with the interpreter's lock
