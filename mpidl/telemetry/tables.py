@@ -61,7 +61,7 @@ def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     """Percent of the iterations' time by phase, largest first, with "other".
 
-    What takes less than 0.1 % is in "other", but for waiting for data.
+    What takes less than 0.1 % is in "other", but for waiting for data; "other" itself is left out below that.
 
     Args:
         seconds: by phase; "load" is waiting for data, "total" all of it.
@@ -70,7 +70,7 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     # Phases are means over ranks, the total is one rank's: its clock may have started a little later.
     total = max(named.pop("total"), sum(named.values()))
     shown = {name: s for name, s in named.items() if s >= 1e-3 * total or name == "waiting for data"}
-    if (other := total - sum(shown.values())) > 1e-6 * total:
+    if (other := total - sum(shown.values())) >= 1e-3 * total:
         shown["other"] = other
     return {name: 100 * s / total for name, s in sorted(shown.items(), key=lambda item: -item[1])}
 
