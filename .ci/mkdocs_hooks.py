@@ -23,9 +23,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _settings() -> str:
-    rows = ["| setting | type | default | |", "| --- | --- | --- | --- |"]
+    rows = ["| setting | type | default | what it is |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(config.Config):
         kind = re.sub(r"Literal\[(.*)\]", r"\1", str(field.type)).replace(" | None", "").replace(" | ", ", ")
+        kind = kind.replace("dict[str, Any]", "{key = value}")
         default = f"`{default}`" if (default := config.shown_default(field)) else ""
         cells = (f"`{field.name}`", f"`{kind}`", default, field.metadata["help"].replace("|", "\\|"))
         rows.append(f"| {' | '.join(cells)} |")

@@ -66,7 +66,9 @@ class WithAuxiliary:
         weight: what the auxiliary heads' losses are multiplied by.
 
     Example:
+        ```python
         trainer = mpidl.Trainer(models.googlenet(), losses.WithAuxiliary(cross_entropy), ...)
+        ```
     """
 
     def __init__(self, loss: Callable[[Any, Any], Any], weight: float = 0.3) -> None:

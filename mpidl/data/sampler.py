@@ -18,11 +18,13 @@ class RankBatchSampler(Sampler[list[int]]):
     ranks, so pass `num_samples` to `ParameterManager.step` to have the exact mean.
 
     Example:
+        ```python
         sampler = mpidl.RankBatchSampler(train_set, batch_size=32, seed=0)
         loader = torch.utils.data.DataLoader(train_set, batch_sampler=sampler)
         for epoch in range(10):
             sampler.set_epoch(epoch)
             for inputs, targets in loader: ...
+        ```
 
     Args:
         data: the data set, or the number of its samples.

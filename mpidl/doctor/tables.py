@@ -24,7 +24,7 @@ _LOST = {True: "told of, and survived (ULFM)", False: "end the job; mpirun --wit
 
 def describe(facts: Facts) -> list[tuple[str, str]]:
     """The facts about software and launch, as rows of name and text."""
-    launched = "" if facts.launcher.size is None else f", {facts.launcher.size} processes"
+    launched = "" if facts.launcher.size is None else f", {_counted(facts.launcher.size, 'process', 'processes')}"
     versions = [f"{name} {version or '(not installed)'}" for name, version in facts.versions.items()]
     rows = [
         ("versions", ", ".join(versions)),
@@ -40,7 +40,8 @@ def describe(facts: Facts) -> list[tuple[str, str]]:
         rows.append(("GPU", _GPU[facts.ranks[0].gpu]))
         seen = [each.folder_s for each in facts.ranks.values() if each.folder_s is not None]
         if facts.thread_level and not facts.folder_reason and seen:
-            rows.append(("folder", f"{facts.folder}, seen by {len(seen)} ranks within {1e3 * max(seen):.0f} ms"))
+            by = _counted(len(seen), "rank", "ranks")
+            rows.append(("folder", f"{facts.folder}, seen by {by} within {1e3 * max(seen):.0f} ms"))
     return rows
 
 
@@ -94,6 +95,10 @@ def as_json(facts: Facts, findings: Sequence[Finding]) -> str:
         "facts": dataclasses.asdict(facts),
     }
     return json.dumps(document, indent=2)
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _described(network: Network) -> str:

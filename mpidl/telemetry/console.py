@@ -36,8 +36,14 @@ class Console:
         self.out.print(text, markup=False, soft_wrap=True)
 
     def print_table(self, title: str, rows: Sequence[tuple[str, ...]], headers: Sequence[str] = ()) -> None:
-        """Print a table, as wide as its content and no wider than the output."""
-        self.out.print(tables.table(title, rows, headers))
+        """Print a table, as wide as its content and no wider than the output.
+
+        One of many columns loses its frame where that would break words.
+        """
+        made = tables.table(title, rows, headers)
+        if headers and tables.least_width(made, self.out) > self.out.width:
+            tables.unframe(made)
+        self.out.print(made)
 
     def fit(self) -> None:
         """Take the terminal's width anew: the user may have resized the window."""

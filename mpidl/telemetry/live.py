@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
@@ -108,9 +108,11 @@ def frame(status: Status, now: float) -> RenderableType:
     phases = status.group.get("phases", {})
     if any(phases.values()):
         lines += [PhaseBar(tables.shares({**phases, "total": status.group["seconds"]}))]
-    for text in (_slowest(status), _kept(status), _lost(status), status.note):
-        if text:
-            lines.append(Text(text, overflow="ellipsis", no_wrap=True, style="dim"))
+    for pieces in (_slowest(status), _kept(status), _lost(status)):
+        if pieces:
+            lines.append(Pieces([Text(piece, style="dim") for piece in pieces], "   "))
+    if status.note:
+        lines.append(Text(status.note, style="dim"))
     return Group(*lines)
 
 
@@ -134,36 +136,57 @@ def _numbers(status: Status, now: float) -> RenderableType:
     texts += [("", f"{tables.count(float(group['samples_per_s']))} samples/s")] if group else []
     texts += [("elapsed", tables.duration(max((status.at if status.end else now) - status.started_at, 0)))]
     texts += [("left", tables.duration(left))] if left is not None and not status.end else []
-    made = Text(overflow="ellipsis", no_wrap=True)
-    for index, (name, value) in enumerate(texts):
-        made.append("   " if index else "").append(f"{name} " if name else "", style="dim").append(value, style="bold")
-    return made
+    named = [Text.assemble((f"{name} " if name else "", "dim"), (value, "bold")) for name, value in texts]
+    return Pieces(named, "   ")
 
 
-def _slowest(status: Status) -> str:
+def _slowest(status: Status) -> list[str]:
     found = status.slowest
     if found is None or len(status.paces) < 2:
-        return ""
+        return []
     rank, pace = found
-    return f"slowest: {status.name_of(rank)}, {pace:.2f} times the median's time a sample"
+    return [f"slowest: {status.name_of(rank)}, {pace:.2f} times the median's time a sample"]
 
 
-def _kept(status: Status) -> str:
+def _kept(status: Status) -> list[str]:
     texts = []
     if status.validation:
         told = tables.measures(status.validation, leave_out=("epoch", "iteration", "seconds", "samples"))
         texts.append(f"validation after {tables.count(status.validation['iteration'])}: {told}")
     if status.checkpoint:
         texts.append(f"checkpoint after {tables.count(status.checkpoint['iteration'])}")
-    return "   ".join(texts)
+    return texts
 
 
-def _lost(status: Status) -> str:
-    return f"lost: {tables.lost_ranks(status.lost)}" if status.lost else ""
+def _lost(status: Status) -> list[str]:
+    return [f"lost: {tables.lost_ranks(status.lost)}"] if status.lost else []
+
+
+class Pieces:
+    """Texts side by side, in as many lines as they need; none is broken that fits into a line.
+
+    Args:
+        texts: in their order.
+        between: two of them in one line.
+    """
+
+    def __init__(self, texts: Sequence[Text], between: str) -> None:
+        self._texts = texts
+        self._between = between
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        """Lay them out in the width there is."""
+        lines: list[Text] = []
+        for text in self._texts:
+            if lines and lines[-1].cell_len + len(self._between) + text.cell_len <= options.max_width:
+                lines[-1].append(self._between).append_text(text)
+            else:
+                lines.append(text.copy())
+        yield from lines
 
 
 class PhaseBar:
-    """Where the time of the last group went: a line of coloured pieces, and a line that names them.
+    """Where the time of the last group went: a line of coloured pieces, and their names below.
 
     Args:
         shares: percent by name, largest first.
@@ -175,13 +198,13 @@ class PhaseBar:
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
         """Draw it in the width there is."""
         block, width, drawn, sum_share = "#" if options.ascii_only else "█", options.max_width, 0, 0.0
-        legend = Text(overflow="ellipsis", no_wrap=True)
+        legend: list[Text] = []
         for name, share in self._shares.items():
             color, sum_share = _COLORS.get(name, "white"), sum_share + share
             stop = min(round(width * sum_share / 100), width)
             if stop > drawn:
                 yield Segment(block * (stop - drawn), Style(color=color))
             drawn = max(stop, drawn)
-            legend.append(", " if legend else "").append(name, style=color).append(f" {tables.percent(share)}")
+            legend.append(Text.assemble((name, color), f" {tables.percent(share)}"))
         yield Segment.line()
-        yield legend
+        yield Pieces(legend, ", ")

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console as RichConsole
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +22,8 @@ _BITS = {
 }
 _RANKS_SHOWN = 6
 _COUNTS_SHOWN = 16
+ANY_WIDTH = 10_000
+"""Columns, more than anything needs."""
 
 
 def count(number: float) -> str:
@@ -55,7 +59,9 @@ def measures(fields: Fields, leave_out: Sequence[str] = ()) -> str:
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Percent of the iterations' time by phase, largest first, with "other"; of those that are 0 only waiting for data.
+    """Percent of the iterations' time by phase, largest first, with "other".
+
+    What takes less than 0.1 % is in "other", but for waiting for data; "other" itself is left out below that.
 
     Args:
         seconds: by phase; "load" is waiting for data, "total" all of it.
@@ -63,9 +69,10 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     named = {("waiting for data" if name == "load" else name.replace("_", " ")): s for name, s in seconds.items()}
     # Phases are means over ranks, the total is one rank's: its clock may have started a little later.
     total = max(named.pop("total"), sum(named.values()))
-    named["other"] = total - sum(named.values())
-    found = sorted(named.items(), key=lambda item: -item[1])
-    return {name: 100 * s / total for name, s in found if s > 1e-6 * total or name == "waiting for data"}
+    shown = {name: s for name, s in named.items() if s >= 1e-3 * total or name == "waiting for data"}
+    if (other := total - sum(shown.values())) >= 1e-3 * total:
+        shown["other"] = other
+    return {name: 100 * s / total for name, s in sorted(shown.items(), key=lambda item: -item[1])}
 
 
 def percent(share: float) -> str:
@@ -206,6 +213,16 @@ def table(title: str, rows: Sequence[tuple[str, ...]], headers: Sequence[str] = 
         # Texts, not markup: a path may hold square brackets.
         made.add_row(*[Text(cell) for cell in row])
     return made
+
+
+def unframe(made: Table) -> None:
+    """Leave a table its columns and one blank between them."""
+    made.box, made.padding = None, (0, 1, 0, 0)
+
+
+def least_width(made: Table, console: RichConsole) -> int:
+    """Columns that a table needs so that no word is broken."""
+    return Measurement.get(console, console.options.update(max_width=ANY_WIDTH), made).minimum
 
 
 def number(value: int, noun: str) -> str:

@@ -28,8 +28,11 @@ from mpidl.telemetry.status import Status
 
 LOOK_EVERY_S = 1.0
 RANKS_SHOWN = 16
+_LEFT_OUT = ("cores", "parts", "host")
+"""Columns that a narrow table goes without, in this order."""
+_HOST_WIDTH = 16
+"""Of a host's name in a line of a narrow table."""
 
-_ANY_WIDTH = 10_000
 _SILENT_GROUPS, _SILENT_S = 10, 30.0
 """A run that has told nothing for so many of its groups, and so many seconds, is said to be silent."""
 
@@ -158,24 +161,41 @@ def _phases(status: Status) -> list[str]:
 
 
 class RankTable:
-    """The rows of `rank_rows` with their headers; without a frame where the output is too narrow for one.
+    """The rows of `rank_rows` with their headers.
 
-    No word is broken but hosts' names.
+    Where the output is too narrow, it has no frame; then no cores, partitions and hosts either. No word
+    is broken but hosts' names.
     """
 
     def __init__(self, status: Status, rows: list[tuple[str, ...]]) -> None:
         names = ["data" if name == "load" else name.replace("_", "\n") for name in _phases(status)]
-        headers = ("rank", "host", "cores", "parts", "pace", *names)
+        self._headers = ("rank", "host", "cores", "parts", "pace", *names)
+        self._rows = rows
         first = status.iteration - int(status.group["iterations"]) + 1
         plural = "s" * (first < status.iteration)
-        title = f"iteration{plural} {tables.span(first, status.iteration)}, with the shares of their time in percent"
-        self._table = tables.table(title, rows, headers)
-        for column in self._table.columns:
-            column.justify, column.vertical = "right", "bottom"
-            column.no_wrap = column.header != "host"
+        self._title = (
+            f"iteration{plural} {tables.span(first, status.iteration)}, with the shares of their time in percent"
+        )
 
     def __rich_console__(self, console: rich_console.Console, options: rich_console.ConsoleOptions) -> Iterator[Table]:
-        wanted = Measurement.get(console, options.update(max_width=_ANY_WIDTH), self._table).maximum
-        if wanted > options.max_width:
-            self._table.box, self._table.padding = None, (0, 1, 0, 0)
-        yield self._table
+        def width(made: Table) -> int:
+            return Measurement.get(console, options.update(max_width=tables.ANY_WIDTH), made).maximum
+
+        made = self._made(())
+        if width(made) > options.max_width:
+            for number in range(len(_LEFT_OUT) + 1):
+                made = self._made(_LEFT_OUT[:number])
+                tables.unframe(made)
+                for column in made.columns:
+                    column.max_width = _HOST_WIDTH if column.header == "host" else None
+                if width(made) <= options.max_width:
+                    break
+        yield made
+
+    def _made(self, left_out: tuple[str, ...]) -> Table:
+        kept = [index for index, header in enumerate(self._headers) if header not in left_out]
+        rows = [tuple(row[index] for index in kept) for row in self._rows]
+        made = tables.table(self._title, rows, [self._headers[index] for index in kept])
+        for column in made.columns:
+            column.justify, column.vertical, column.no_wrap = "right", "bottom", column.header != "host"
+        return made

@@ -1,6 +1,8 @@
 """A trace of all ranks as one file in Chrome's trace format, which ui.perfetto.dev and chrome://tracing open. Pure.
 
-A rank is a process there, a track a thread; times are microseconds of rank 0's clock since the first span.
+A rank is a process there, a track a thread; times are microseconds of rank 0's clock since the first span. Perfetto
+takes a thread 0 for the process's main thread, whose number is the process's: so main threads have their rank's
+number, and no two threads of the file the same one.
 
 Viewers take spans of a track apart where one ends after what it lies in, or after the next one has begun, if only by a
 rounding error. So begins and ends, not lengths, are rounded, to eighths of a microsecond: these, their sums and their
@@ -12,6 +14,7 @@ Source: Trace Event Format, complete events (https://docs.google.com/document/d/
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +24,8 @@ Span = tuple[str, str, float, float]
 
 _PART = 4096
 """Events that are written together."""
+
+_MAIN = "main thread"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +77,17 @@ def write_trace(path: Path, ranks: Sequence[RankTrace], facts: dict[str, Any]) -
 def events(ranks: Sequence[RankTrace]) -> Iterator[dict[str, Any]]:
     """The trace's events: names of processes and threads, then the spans, each track's in their order."""
     zero = min((each.clock.aligned(span[2]) for each in ranks for span in each.spans), default=0.0)
+    free = itertools.count(len(ranks))
     for rank, each in enumerate(ranks):
-        yield _named("process_name", rank, 0, each.name)
+        yield _named("process_name", rank, rank, each.name)
         yield {"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}}
-        tracks = list(dict.fromkeys(track for track, *_ in each.spans))
         # The main thread first, the others by name.
-        threads = {track: number for number, track in enumerate(sorted(tracks, key=lambda t: (t != "main thread", t)))}
-        for track, number in threads.items():
+        tracks = sorted({track for track, *_ in each.spans}, key=lambda track: (track != _MAIN, track))
+        threads = {track: rank if track == _MAIN else next(free) for track in tracks}
+        for place, (track, number) in enumerate(threads.items()):
             yield _named("thread_name", rank, number, track)
             yield {
-                "ph": "M", "name": "thread_sort_index", "pid": rank, "tid": number, "args": {"sort_index": number},
+                "ph": "M", "name": "thread_sort_index", "pid": rank, "tid": number, "args": {"sort_index": place},
             }  # fmt: skip
         placed = [
             (_eighths(each.clock.aligned(began) - zero), _eighths(each.clock.aligned(ended) - zero), track, name)

@@ -183,6 +183,35 @@ def test_a_terminal_gets_a_live_view_of_its_width(capsys: pytest.CaptureFixture[
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor must be visible at the end"
 
 
+def test_a_narrow_view_has_more_lines_and_loses_nothing(tmp_path: Path) -> None:
+    phases = {"load": 0.1, "compute": 0.4, "wait": 0.2, "local_sum": 0.1, "update": 0.1, "allgather": 0.1}
+    events = [("start", START), ("group", {**GROUP, "phases": phases, "rank_phases": {}}),
+              ("validation", {"epoch": 0, "iteration": 5, "loss": 0.25, "accuracy": 0.975}),
+              ("checkpoint", {"epoch": 0, "iteration": 5}),
+              ("warning", {"message": "stopped after 5; go on with mpidl train --resume digits"})]  # fmt: skip
+    write_events(tmp_path, *events)
+    text = shown(tmp_path, 1003.0, 50)
+    assert max(map(len, text.splitlines())) <= 50
+    assert "…" not in text
+    for piece in ("elapsed", "left", "allgather 10 %", "update 10 %", "accuracy 97.50 %", "checkpoint after 5"):
+        assert piece in text, piece
+    assert "go on with mpidl train --resume digits" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_table_of_many_columns_breaks_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = ("node", "host", "ranks", "cores", "cores a rank", "threads a rank", "shared memory free", "networks")
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    console = Console()
+    console.out.width = width - 1
+    console.print_table("nodes", [("0", "vm", "2", "2 of 2", "1", "1", "23.5 GiB", "eth0")], headers)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) < width
+    assert set(" ".join(headers).split()) <= set(re.findall(r"\w+", file.getvalue()))
+    assert ("|" in file.getvalue()) == (width > 60)
+
+
 def test_a_pipe_is_no_terminal_and_neither_is_a_launcher_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_terminal() is None
     monkeypatch.setenv("PMI_RANK", "0")
@@ -513,6 +542,17 @@ def test_top_breaks_no_word_at_80_columns(tmp_path: Path, width: int) -> None:
     assert {"rank", "host", "cores", "parts", "pace", "data", "compute", "wait", "local", "sum"} <= words
     assert {"reduce", "scatter", "update", "allgather"} <= words
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_top_on_a_narrow_terminal_goes_without_columns(tmp_path: Path) -> None:
+    names = ["load", "compute", "wait", "local_sum", "update", "allgather"]
+    group = {**GROUP, "phases": dict.fromkeys(names, 1.0),
+             "rank_phases": {"ranks": [0, 1], **{name: [1.0, 2.0] for name in names}}}  # fmt: skip
+    write_events(tmp_path, ("start", {**START, "places": PLACES}), ("group", group))
+    text = shown(tmp_path, 1003.0, 59)
+    assert max(map(len, text.splitlines())) <= 59
+    assert {"rank", "host", "pace", "compute", "wait", "sum", "allgather"} <= set(re.findall(r"\w+", text))
+    assert "cores" not in text
 
 
 def test_top_names_what_is_no_run_directory(tmp_path: Path) -> None:

@@ -30,13 +30,24 @@ def test_ranks_are_processes_and_tracks_are_threads_with_outer_spans_first(tmp_p
     assert written["otherData"] == {"clock_error_us": 3.0}
     spans = [each for each in written["traceEvents"] if each["ph"] == "X"]
     assert [(each["pid"], each["tid"], each["name"]) for each in spans] == [
-        (0, 0, "iteration 1"), (0, 0, "forward"), (0, 1, "plan"), (1, 0, "iteration 1"),
+        (0, 0, "iteration 1"), (0, 0, "forward"), (0, 2, "plan"), (1, 1, "iteration 1"),
     ]  # fmt: skip
     assert [each["ts"] for each in spans] == pytest.approx([0.0, 0.0, 2e5, 0.0])
     assert spans[0]["dur"] == pytest.approx(5e5)
     names = {(each["pid"], each.get("tid")): each["args"]["name"] for each in written["traceEvents"]
              if each["name"] in ("process_name", "thread_name") and each["name"] == "thread_name"}  # fmt: skip
-    assert names == {(0, 0): "main thread", (0, 1): "plans", (1, 0): "main thread"}
+    assert names == {(0, 0): "main thread", (0, 2): "plans", (1, 1): "main thread"}
+
+
+def test_no_two_threads_have_one_number_and_main_threads_have_their_process_s() -> None:
+    """Perfetto makes of a thread 0 the main thread, with the process's number: rank 1 must have no other thread 1."""
+    tracks = ("buckets: allgather 1", "main thread", "plans on their way")
+    ranks = [RankTrace(f"rank {rank}", Clock(), [(track, "a", 0.0, 1.0) for track in tracks]) for rank in range(5)]
+    named = [each for each in events(ranks) if each["name"] == "thread_name"]
+    numbers = [each["tid"] for each in named]
+    assert len(set(numbers)) == len(numbers) == 15
+    mains = [(each["pid"], each["tid"]) for each in named if each["args"]["name"] == "main thread"]
+    assert mains == [(rank, rank) for rank in range(5)]
 
 
 @pytest.mark.parametrize("seed", range(5))
