@@ -78,7 +78,7 @@ class NodeFiles:
         if now - self._looked_for_lost_at >= LOOK_S:
             self._looked_for_lost_at = now
             for file in self._path(0).parent.glob("lost-*.json"):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with contextlib.suppress(OSError, *MALFORMED):
                     facts = json.loads(file.read_text(encoding="utf-8"))
                     if facts["job"] == self._key:
                         self._lost[int(facts["rank"])] = -int(facts["code"])
