@@ -14,7 +14,8 @@ for far longer than an iteration usually takes (`notice_after`), the speaker rai
    heard prints one report (`hang_report.py`), with the stacks of those that do not wait for others (`stacks.py`).
 4. *end*: if nothing has moved anywhere for `hang_seconds`, and on_hang is "end", the lowest speaker aborts the job with
    code EXIT_HUNG. Should that fail, each speaker kills the stopped ranks of its node some seconds later, and every
-   process whose node's speaker has judged so ends itself.
+   process whose node's speaker has judged so ends itself. A node that is still there then was perhaps the only one
+   whose output anybody sees (the link to the lowest one is dead): before it ends, it tells and aborts as well.
 
 Where the others go on without a lost rank (`ulfm.py`), speakers kill those that keep the others waiting in 4, and the
 job ends only if there is none.
@@ -41,7 +42,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,21 +249,22 @@ class Watchdog:
             ends = ends and any(not hang_report.waits(state) for state in states)
         survives = ends and self.settings.survives and not all(hang_report.waits(state) for state in all_states)
         tells = is_alone or self._node == min([self._node, *told])
+        silent = [] if is_alone else self._silent(told)
+        where = f" on {self._hostnames[self._rank]}" if is_alone else ""
+        usual_s = max(float(row[USUAL_S]) for row in self._rows.values())
+        usual = "" if usual_s < 0 else f"; an iteration usually takes {usual_s:.2g} s"
+        title = f"nothing has moved{where} for {quiet_s:.0f} s{usual}"
+        all_states.sort(key=lambda state: state.rank)
+        lines = hang_report.describe(all_states, silent)
+        if survives:
+            lines.append("whoever does not wait is killed; the others go on")
+        code = EXIT_HUNG if ends and not survives else None
         if tells:
-            silent = [] if is_alone else self._silent(told)
-            where = f" on {self._hostnames[self._rank]}" if is_alone else ""
-            usual_s = max(float(row[USUAL_S]) for row in self._rows.values())
-            usual = "" if usual_s < 0 else f"; an iteration usually takes {usual_s:.2g} s"
-            title = f"nothing has moved{where} for {quiet_s:.0f} s{usual}"
-            all_states.sort(key=lambda state: state.rank)
-            lines = hang_report.describe(all_states, silent)
-            if survives:
-                lines.append("whoever does not wait is killed; the others go on")
-            self._print(title, lines, EXIT_HUNG if ends and not survives else None)
+            self._print(title, lines, code)
         if survives:
             self._sacrifice(states)
-        elif ends:
-            self._end(EXIT_HUNG, states, aborts=tells)
+        elif code is not None:
+            self._end(code, states, None if tells else lambda: self._print(title, lines, code))
 
     def _silent(self, told: Mapping[int, Told]) -> list[tuple[str, Sequence[int]]]:
         """(host, ranks) of the nodes that nothing was heard of."""
@@ -321,7 +323,7 @@ class Watchdog:
         lost = [state for state in states if state.process == "dead"]
         self._print("a rank was lost", [*hang_report.describe(lost), *gone], EXIT_LOST if ends else None)
         if ends:
-            self._end(EXIT_LOST, states, aborts=True)
+            self._end(EXIT_LOST, states)
 
     def _gone_nodes(self) -> list[str]:
         """Lines about nodes whose ranks were all killed, if this node is the lowest that is left."""
@@ -348,15 +350,23 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(state.pid, signal.SIGKILL)
 
-    def _end(self, code: int, states: Sequence[RankState], *, aborts: bool) -> None:
-        """End the job; this node in any case."""
+    def _end(self, code: int, states: Sequence[RankState], tell: Callable[[], None] | None = None) -> None:
+        """End the job; this node in any case.
+
+        Args:
+            code: that it ends with.
+            states: of this node's ranks.
+            tell: prints the report if whoever has to does not end the job; None: this rank has, and ends it.
+        """
         self._rows[self._rank][ENDS] = code
         # In C, so that it works while MPI_Abort keeps the interpreter's lock.
-        faulthandler.dump_traceback_later(OTHERS_END_S + END_S, exit=True, file=sys.stderr)
-        if aborts:
-            time.sleep(0.1)  # the report must get out
-            threading.Thread(target=self._abort, args=(code,), daemon=True).start()
-        time.sleep(END_S if aborts else OTHERS_END_S)
+        faulthandler.dump_traceback_later(OTHERS_END_S + 2 * END_S, exit=True, file=sys.stderr)
+        if tell is not None:
+            time.sleep(OTHERS_END_S)
+            tell()
+        time.sleep(0.1)  # the report must get out
+        threading.Thread(target=self._abort, args=(code,), daemon=True).start()
+        time.sleep(END_S)
         # Not before: a launcher that sees a rank killed ends the job with that rank's code.
         for state in states:
             if state.process == "stopped":
@@ -368,7 +378,7 @@ class Watchdog:
         """Whether this node's speaker has judged that all end; then this process does so, if nobody ends it before."""
         codes = [int(row[ENDS]) for row in self._rows.values() if row[ENDS] > 0]
         if codes:
-            self._ends_at = self._ends_at or now + OTHERS_END_S + END_S
+            self._ends_at = self._ends_at or now + OTHERS_END_S + 2 * END_S
             if now >= self._ends_at:
                 os._exit(codes[0])
         return bool(codes)

@@ -246,10 +246,24 @@ def test_a_hang_is_told_early_and_once_and_ended_when_it_is_certain(
     assert not job.codes
     job.watch(100)
     told = capsys.readouterr().err
-    assert told.count("mpidl: error: nothing has moved for 1") == 1, told
-    assert f"mpidl train --resume {tmp_path}" in told
-    assert job.codes.count(("abort", EXIT_HUNG)) == 1
+    assert told.count("mpidl: error: nothing has moved for 1") == 2, "should the first not end the job, the other node"
+    assert told.count(f"mpidl train --resume {tmp_path}") == 2
+    assert job.codes.count(("abort", EXIT_HUNG)) == 2
     assert job.codes.count(("exit", EXIT_HUNG)) == 4, "should that fail"
+
+
+def test_a_node_tells_only_after_the_one_that_has_to_did_not_end_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, done = hanging(monkeypatch, [0, 1], settings(tmp_path), culprit=1), list[str]()
+    monkeypatch.setattr(job.clock, "sleep", lambda seconds: done.append(f"{seconds:g} s"))
+    monkeypatch.setattr(Watchdog, "_print", lambda self, *_: done.append(f"rank {self._rank} tells"))
+    job.watch(99)
+    done.clear()
+    job.watch(30)
+    others_end = f"{watchdog.OTHERS_END_S:g} s"
+    assert done.count("rank 0 tells") == done.count("rank 1 tells") == done.count(others_end) == 1, done
+    assert done[done.index("rank 1 tells") - 1] == others_end, done
 
 
 def test_a_silent_node_does_not_keep_a_hang_from_being_ended(
