@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import gc
 import math
 import os
 import pathlib
@@ -267,6 +268,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         The exit code of this rank's process. Does not return when this rank has to end the others.
     """
     code = _code_of(command)
+    atexit.register(gc.freeze)  # else the interpreter's end looks for garbage in all of torch, for a second of CPU time
     if code and _job is not None and _job.size > 1:  # `sys.exit(main())` looks `exit` up before there is a job
         _keep_own_code()
     return code
