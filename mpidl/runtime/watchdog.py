@@ -27,6 +27,9 @@ with EXIT_LOST, if on_hang is "end". Ranks of the same node see it; where none o
 does, seconds later, from what the ranks' guards have written into the run directory (`mpidl/guard.py`). A node that has
 lost its power is silent.
 
+Where the launcher does end the job (srun with it sends SIGTERM, and kills only after KillWait, 30 s), a rank that knows
+of a loss and has got that signal leaves at once: the iteration that it would end before, as it is asked to, has no end.
+
 A watchdog that was not awake itself for some seconds (a suspended job, a laptop's lid) begins to count anew. Watching
 goes on until the process ends, also while ranks that are done wait for the others.
 """
@@ -48,7 +51,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpidl.errors import EXIT_HUNG, EXIT_LOST
-from mpidl.runtime import hang_report, stacks, ulfm
+from mpidl.runtime import hang_report, signals, stacks, ulfm
 from mpidl.runtime.activity import (
     ENDING,
     ENDS,
@@ -172,6 +175,8 @@ class Watchdog:
             last = time.monotonic()
 
     def _look(self, now: float) -> None:
+        if signals.is_ended() and not ulfm.is_on() and self._knows_loss():
+            os._exit(EXIT_LOST)  # the guard of the lost one has told it
         if self._ends_with_speaker(now) or not self.settings.hang_seconds > 0 or not self._speaks(now):
             return
         self._look_for_lost(now)
@@ -321,9 +326,20 @@ class Watchdog:
         ends = self.settings.on_hang == "end"
         states = self._states(now)
         lost = [state for state in states if state.process == "dead"]
-        self._print("a rank was lost", [*hang_report.describe(lost), *gone], EXIT_LOST if ends else None)
+        if gone or not self._guards_told(lost):
+            self._print("a rank was lost", [*hang_report.describe(lost), *gone], EXIT_LOST if ends else None)
         if ends:
             self._end(EXIT_LOST, states)
+
+    def _guards_told(self, lost: Sequence[RankState]) -> bool:
+        """Whether the guards of these ranks have said all that there is to say."""
+        files = self._node_files()
+        return files is not None and {state.rank for state in lost} <= files.lost(at_once=True).keys()
+
+    def _knows_loss(self) -> bool:
+        """Whether a rank of this node has died, or a guard says so of any."""
+        files = self._node_files()
+        return any(self._is_dead(row) for row in self._rows.values()) or bool(files and files.lost(at_once=True))
 
     def _gone_nodes(self) -> list[str]:
         """Lines about nodes whose ranks were all killed, if this node is the lowest that is left."""
