@@ -46,10 +46,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpidl import guard
 from mpidl.errors import EXIT_HUNG, EXIT_LOST
 from mpidl.runtime import hang_report, signals, stacks, ulfm
 from mpidl.runtime.activity import (
@@ -176,7 +178,7 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         if signals.is_ended() and not ulfm.is_on() and self._knows_loss():
-            os._exit(EXIT_LOST)  # the guard of the lost one has told it
+            self._leave(EXIT_LOST)  # the guard of the lost one has told it
         if self._ends_with_speaker(now) or not self.settings.hang_seconds > 0 or not self._speaks(now):
             return
         self._look_for_lost(now)
@@ -375,6 +377,7 @@ class Watchdog:
             tell: prints the report if whoever has to does not end the job; None: this rank has, and ends it.
         """
         self._rows[self._rank][ENDS] = code
+        guard.tell(has_said=1)  # also where it is MPI_Abort that ends this process
         # In C, so that it works while MPI_Abort keeps the interpreter's lock.
         faulthandler.dump_traceback_later(OTHERS_END_S + 2 * END_S, exit=True, file=sys.stderr)
         if tell is not None:
@@ -388,6 +391,11 @@ class Watchdog:
             if state.process == "stopped":
                 with contextlib.suppress(OSError):
                     os.kill(state.pid, signal.SIGKILL)
+        self._leave(code)
+
+    def _leave(self, code: int) -> NoReturn:
+        """End this process, of which its guard has nothing to say."""
+        guard.tell(has_said=1)
         os._exit(code)
 
     def _ends_with_speaker(self, now: float) -> bool:
@@ -396,5 +404,5 @@ class Watchdog:
         if codes:
             self._ends_at = self._ends_at or now + OTHERS_END_S + 2 * END_S
             if now >= self._ends_at:
-                os._exit(codes[0])
+                self._leave(codes[0])
         return bool(codes)
