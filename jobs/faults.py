@@ -168,8 +168,9 @@ NOTES = {
     2: (["openmpi", "ulfm"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
     3: (["srun"], ["a stopped process (SIGSTOP)"]),
     4: (["srun"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
+    5: (["srun"], ["an own loop whose ranks call different collectives"]),
 }
-"""Number of a note of docs/faults.md -> launchers and cases of which it says why the launcher is to blame."""
+"""Number of a note of docs/faults.md -> launchers and cases of which it says why."""
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,10 @@ def _report(code: int, facts: dict[str, Any]) -> None:
     run_dir = pathlib.Path(facts.get("run_dir", os.devnull))
     if (run_dir / ENDS).is_dir():
         _write(run_dir / ENDS / f"rank-{facts['rank']:05d}.json", {**facts, "code": code})
-    if code < 0 and "job" in facts:
+    is_loss = code < 0 or ("size" in facts and "has_said" not in facts)
+    if is_loss and "job" in facts:
         _write(run_dir / HANG / f"lost-{facts['rank']:05d}.json", {**facts, "code": code})
-    if code < 0 or ("size" in facts and "has_said" not in facts):
+    if is_loss:
         print(describe_loss(code, facts), file=sys.stderr, flush=True)
 
 
