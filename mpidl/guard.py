@@ -10,9 +10,11 @@ they have started ends. So this is not the rank: before it loads anything, it fo
 2. The parent, the guard, does nothing but wait for it. It stays in the rank's process group, where launchers and Slurm
    send their signals, so the rank has got each of them as well; the guard only remembers which.
 3. When the rank has died of a signal that nobody sent to both, the guard prints one line with its rank, node and
-   signal, and the command that resumes. If the run directory has the folder `ends` (made by `mpidl launch`), it writes
-   there how the rank has ended, also where it left with an error code. In a job on several nodes it writes a loss into
-   the folder `hang`, too, for the watchdogs of the other nodes: srun without --kill-on-bad-exit lets them wait.
+   signal, and the command that resumes; so it does when a rank of a running job has left with an error code of which
+   nobody has said why (`has_said`): `os._exit(3)`, or a library that ends the process. If the run directory has the
+   folder `ends` (made by `mpidl launch`), it writes there how the rank has ended, also where it left with an error
+   code. In a job on several nodes it writes a loss into the folder `hang`, too, for the watchdogs of the other nodes:
+   srun without --kill-on-bad-exit lets them wait.
 4. The guard ends like the rank, by the same signal or with the same code. Only now the launcher learns of it.
 
 What if. The launcher kills the guard: the system kills the rank with it (PR_SET_PDEATHSIG), and nothing is said. The
@@ -74,7 +76,7 @@ def begin() -> None:
 
 
 def tell(**facts: int | str) -> None:
-    """Let this rank's guard know: `rank`, `size`, `run_dir`, `job` (the watchdogs' key)."""
+    """Let this rank's guard know: `rank`, `size`, `run_dir`, `job` (the watchdogs' key), `has_said` (why it ends)."""
     _facts.update(facts)
     if _pipe is not None:
         os.write(_pipe, json.dumps(facts).encode() + b"\n")
@@ -132,9 +134,10 @@ def _report(code: int, facts: dict[str, Any]) -> None:
     run_dir = pathlib.Path(facts.get("run_dir", os.devnull))
     if (run_dir / ENDS).is_dir():
         _write(run_dir / ENDS / f"rank-{facts['rank']:05d}.json", {**facts, "code": code})
-    if code < 0 and "job" in facts:
+    is_loss = code < 0 or ("size" in facts and "has_said" not in facts)
+    if is_loss and "job" in facts:
         _write(run_dir / HANG / f"lost-{facts['rank']:05d}.json", {**facts, "code": code})
-    if code < 0:
+    if is_loss:
         print(describe_loss(code, facts), file=sys.stderr, flush=True)
 
 
@@ -150,19 +153,19 @@ def describe_loss(code: int, facts: Mapping[str, Any]) -> str:
     """The line about a lost rank.
 
     Args:
-        code: the negative number of the signal.
+        code: the negative number of the signal, or the exit code.
         facts: rank, host and process, and what else is known.
     """
     of = f" of {facts['size']}" if "size" in facts else ""
+    who = f"mpidl: error: rank {facts['rank']}{of} was lost: process {facts['process']} on {facts['host']}"
+    if code > 0:
+        return f"{who} left with code {code} and did not say why{how_to_resume(facts)}"
     try:
         name = f" ({signal.Signals(-code).name})"
     except ValueError:
         name = ""
     hint = ", perhaps by the system for lack of memory" if -code == signal.SIGKILL else ""
-    return (
-        f"mpidl: error: rank {facts['rank']}{of} was lost: process {facts['process']} on {facts['host']} was killed by "
-        f"signal {-code}{name}{hint}{how_to_resume(facts)}"
-    )
+    return f"{who} was killed by signal {-code}{name}{hint}{how_to_resume(facts)}"
 
 
 def how_to_resume(facts: Mapping[str, Any] | None = None) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import struct
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,19 +20,24 @@ import torch
 from safetensors.torch import save
 
 from mpidl import config
+from mpidl.bench import plan as bench_plan
+from mpidl.bench import simulate_points
 from mpidl.checkpoint import load_optimizer, load_weights, local_format
 from mpidl.checkpoint.image import ShardImage
 from mpidl.checkpoint.manifest import FORMAT, MANIFEST, sealed
 from mpidl.checkpoint.slots import NUM_SLOTS, Slot
 from mpidl.checkpoint.transfer import checksum
 from mpidl.errors import MALFORMED, DamagedError
+from mpidl.guard import ENDS, HANG
+from mpidl.launching.course import Course
 from mpidl.parameters import Assignment
 from mpidl.report_page.benches import machine_facts, read_bench, tables
 from mpidl.report_page.runs import read_run
 from mpidl.runtime.activity import RankState
-from mpidl.runtime.hang_report import describe
+from mpidl.runtime.hang_report import describe, describe_gone
 from mpidl.runtime.node_files import NodeFiles
 from mpidl.scheduling import Action, Group, GroupPlan, Header, Replay, as_trigger, read_recording
+from mpidl.telemetry import top
 from tests.fuzz_data import DATA
 from tests.fuzzing import Target
 
@@ -233,8 +241,8 @@ EVENTS = [
     START,
     {
         "event": "group", "time": 1005.0, "iteration": 4, "iterations": 4, "samples": 32, "loss": 2.0, "seconds": 2.0,
-        "group_size": 4, "phases": {"compute": 1.2, "wait": 0.4}, "seconds_per_sample": [0.1, 0.3],
-        "partition_starts": [0, 1, 4],
+        "lr": 0.1, "samples_per_s": 16.0, "group_size": 4, "phases": {"compute": 1.2, "wait": 0.4},
+        "seconds_per_sample": [0.1, 0.3], "partition_starts": [0, 1, 4],
     },
     {"event": "epoch", "time": 1005.0, "epoch": 1, "iteration": 4, "loss": 2.0, "seconds": 5.0, "samples_per_s": 6.4},
     {"event": "validation", "time": 1006.0, "epoch": 1, "iteration": 4, "loss": "nan", "accuracy": 0.5},
@@ -259,6 +267,22 @@ def read_metrics(folder: Path, content: bytes) -> None:
     str((run.status, run.iteration, run.iterations_per_epoch, run.resumed_at))
 
 
+def read_in_top(folder: Path, content: bytes) -> None:
+    (folder / "metrics.jsonl").write_bytes(content)
+    with contextlib.redirect_stdout(io.StringIO()):
+        top.follow(folder, once=True)
+
+
+def read_plan_figures(folder: Path, content: bytes) -> None:
+    (folder / "bench.json").write_bytes(content)
+    bench_plan.read_rows(folder / "bench.json")
+
+
+def read_step_figures(folder: Path, content: bytes) -> None:
+    (folder / "bench.json").write_bytes(content)
+    simulate_points.read_rows(folder / "bench.json", "step", {"case": str, "ranks": int, "seconds": float})
+
+
 def read_bench_file(folder: Path, content: bytes) -> None:
     (folder / "bench.json").write_bytes(content)
     bench = read_bench(folder / "bench.json")
@@ -274,9 +298,23 @@ def read_node_file(folder: Path, content: bytes) -> None:
         f"{told.quiet_s:.0f}", describe(told.states)
 
 
+def read_lost_file(folder: Path, content: bytes) -> None:
+    (folder / HANG).mkdir(exist_ok=True)
+    (folder / HANG / "lost-00001.json").write_bytes(content)
+    if lost := NodeFiles(folder, "key", 0, 2).lost():
+        describe_gone("vm", lost)
+
+
+def read_end_file(folder: Path, content: bytes) -> None:
+    (folder / ENDS).mkdir(exist_ok=True)
+    (folder / ENDS / "rank-00001.json").write_bytes(content)
+    Course(SimpleNamespace(run_dir=folder), None, 0)._rank_ends()  # type: ignore[arg-type]
+
+
 STATE = RankState(
     rank=1, host="vm", pid=3, iteration=8, phase="update", phase_s=4.2, waits_s=None, bucket=2, stack="File x"
 )
+LOST = {"job": "key", "rank": 1, "host": "vm", "process": 3, "code": -9}
 NODE = {"job": "key", "count": 3, "has_alarm": True, "quiet_s": 5.0, "states": [dataclasses.asdict(STATE)]}
 
 TARGETS = {
@@ -321,6 +359,12 @@ TARGETS = {
     "--end-when": Target((b'reached("accuracy", 0.99) | plateau("loss", 5) & (epochs(2) | seconds(1e3))',),
                          read_trigger, names_the_file=False),
     "metrics.jsonl": Target((lines(*EVENTS),), read_metrics, is_json=True),
+    "metrics.jsonl of mpidl top": Target((lines(*EVENTS[:-1]), lines(*EVENTS)), read_in_top, is_json=True),
     "bench": Target((lines(BENCH),), read_bench_file, is_json=True),
+    "figures of step": Target((lines(BENCH),), read_step_figures, is_json=True),
+    "figures of plan": Target((lines({**BENCH, "bench": "plan", "rows": [dict.fromkeys(bench_plan._NEEDED, 1)]}),),
+                              read_plan_figures, is_json=True),
+    "lost file": Target((lines(LOST),), read_lost_file, is_json=True),
+    "end file": Target((lines(LOST),), read_end_file, is_json=True),
     "node file": Target((lines(NODE),), read_node_file, is_json=True),
 }  # fmt: skip

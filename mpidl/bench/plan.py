@@ -170,7 +170,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--with {path} cannot be read: {error}") from None
     rows = document.get("rows") if isinstance(document, dict) and document.get("bench") == "plan" else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _NEEDED for row in rows):

@@ -56,7 +56,7 @@ def read_rows(path: Path, bench: str, kinds: Mapping[str, Kind]) -> list[Row]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     rows = document.get("rows") if isinstance(document, dict) and document.get("bench") == bench else None
     if not isinstance(rows, list) or not rows:

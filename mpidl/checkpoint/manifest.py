@@ -80,9 +80,10 @@ def _check_keys(manifest: dict[str, Any]) -> None:
     names = [_text(name) for name, _ in manifest["tensors"]]
     if len({*names}) != len(names):
         raise ValueError("a tensor is there twice")
-    for name in [*dict(manifest["aliases"]).values(), *(manifest["buffers"] or [])]:
+    buffers = [] if manifest["buffers"] is None else _list(manifest["buffers"])
+    for name in [*_object(manifest["aliases"]).values(), *buffers]:
         _text(name)
-    dict(manifest["progress"]), _count(manifest["number"])
+    _object(manifest["progress"]), _count(manifest["number"])
 
 
 def _check_shards(manifest: dict[str, Any]) -> None:
@@ -113,13 +114,13 @@ def _check_optimizer(manifest: dict[str, Any]) -> None:
     names = {name for name, _ in manifest["tensors"]}
     for state, options, group in zip(optimizer["state"], optimizer["options"], optimizer["names"], strict=True):
         if state:
-            list(map(_text, state["arrays"])), list(map(_text, state["tensor_scalars"]))
-            for key, value in dict(state["scalars"]).items():
+            list(map(_text, _list(state["arrays"]))), list(map(_text, _list(state["tensor_scalars"])))
+            for key, value in _object(state["scalars"]).items():
                 if not isinstance(value, int | float):
                     raise TypeError(f"{key} of the optimizer's state is no number")
                 if abs(value) >= 2**63 and key in state["tensor_scalars"]:
                     raise ValueError(f"{key} of the optimizer's state is too large")
-        dict(options)
+        _object(options)
         if not names.issuperset(group):
             raise ValueError("the names of a param group")
 
@@ -127,6 +128,18 @@ def _check_optimizer(manifest: dict[str, Any]) -> None:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is no name")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):  # an empty text or list would do as one elsewhere
+        raise TypeError(f"{value!r:.40} is no object")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.40} is no list")
     return value
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
+from mpidl.errors import MALFORMED
 from mpidl.guard import ENDS, die_with_parent
 from mpidl.launching.command import Command
 from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
@@ -194,7 +195,7 @@ class Course:
         """What guards have written, by rank."""
         found = []
         for file in sorted(self._ends.glob("rank-*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, *MALFORMED):
                 entry = json.loads(file.read_text())
                 found.append({"rank": int(entry["rank"]), "host": str(entry["host"]), "code": int(entry["code"])})
         return sorted(found, key=lambda entry: entry["rank"])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import gc
 import math
 import os
 import pathlib
@@ -140,6 +141,7 @@ def _leave() -> None:
         return
     told = f"[rank {_job.rank}] left with code {_job.exit_code} while others go on; all end"
     print(told, file=sys.stderr, flush=True)
+    guard.tell(has_said=1)
     time.sleep(0.1)
     _job.abort(_job.exit_code)
 
@@ -168,6 +170,7 @@ def end_job(error: BaseException) -> int:
 
     An agreed error returns on every rank: all of them leave by themselves.
     """
+    guard.tell(has_said=1)
     if ulfm.is_loss(error):
         error = end_of_loss(ulfm.meet_to_end(EXIT_LOST))
     if isinstance(error, EndedElsewhereError):
@@ -267,6 +270,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         The exit code of this rank's process. Does not return when this rank has to end the others.
     """
     code = _code_of(command)
+    atexit.register(gc.freeze)  # else the interpreter's end looks for garbage in all of torch, for a second of CPU time
     if code and _job is not None and _job.size > 1:  # `sys.exit(main())` looks `exit` up before there is a job
         _keep_own_code()
     return code
@@ -274,11 +278,14 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 def _code_of(command: Callable[[], int | None]) -> int:
     try:
-        return command() or 0
+        code = command() or 0
+        guard.tell(has_said=1)
+        return code
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):  # as Python does with sys.exit("message")
             print(error.code, file=sys.stderr, flush=True)
+            guard.tell(has_said=1)
         if code and _job is not None and _job.size > 1:
             _job.abort(code)
         return code

@@ -44,10 +44,11 @@ def describe_gone(host: str, signals: Mapping[int, int]) -> str:
 
     Args:
         host: its name.
-        signals: of its ranks, rank -> number of the signal.
+        signals: of its ranks, rank -> number of the signal; negative: the exit code.
     """
-    numbers = ", ".join(str(number) for number in sorted(set(signals.values())))
-    return f"nobody is left on {host}: {ranks_text(signals)} died of signal {numbers}"
+    numbers = ", ".join(str(number) for number in sorted(set(signals.values())) if number > 0)
+    how = f"died of signal {numbers}" if numbers else "left with an error code"
+    return f"nobody is left on {host}: {ranks_text(signals)} {how}"
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

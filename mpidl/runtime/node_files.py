@@ -72,13 +72,17 @@ class NodeFiles:
             )
         return self._sees_alarm
 
-    def lost(self) -> dict[int, int]:
-        """Ranks of this job that were killed, rank -> signal, by the word of their guards; looked up every LOOK_S."""
+    def lost(self, *, at_once: bool = False) -> dict[int, int]:
+        """Ranks of this job that were killed, rank -> signal, by the word of their guards.
+
+        Args:
+            at_once: look now; else it is looked up every LOOK_S.
+        """
         now = time.monotonic()
-        if now - self._looked_for_lost_at >= LOOK_S:
+        if at_once or now - self._looked_for_lost_at >= LOOK_S:
             self._looked_for_lost_at = now
             for file in self._path(0).parent.glob("lost-*.json"):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with contextlib.suppress(OSError, *MALFORMED):
                     facts = json.loads(file.read_text(encoding="utf-8"))
                     if facts["job"] == self._key:
                         self._lost[int(facts["rank"])] = -int(facts["code"])

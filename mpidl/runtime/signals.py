@@ -36,6 +36,11 @@ def received() -> str | None:
     return _received[0].name if _received else None
 
 
+def is_ended() -> bool:
+    """Whether somebody wants this process to end (SIGTERM), since `listen`."""
+    return signal.SIGTERM in _received
+
+
 def stop_listening() -> None:
     """Give the signals their usual effect back, and forget those that came."""
     was_interrupted = signal.SIGINT in _received

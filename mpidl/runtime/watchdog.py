@@ -14,7 +14,8 @@ for far longer than an iteration usually takes (`notice_after`), the speaker rai
    heard prints one report (`hang_report.py`), with the stacks of those that do not wait for others (`stacks.py`).
 4. *end*: if nothing has moved anywhere for `hang_seconds`, and on_hang is "end", the lowest speaker aborts the job with
    code EXIT_HUNG. Should that fail, each speaker kills the stopped ranks of its node some seconds later, and every
-   process whose node's speaker has judged so ends itself.
+   process whose node's speaker has judged so ends itself. A node that is still there then was perhaps the only one
+   whose output anybody sees (the link to the lowest one is dead): before it ends, it tells and aborts as well.
 
 Where the others go on without a lost rank (`ulfm.py`), speakers kill those that keep the others waiting in 4, and the
 job ends only if there is none.
@@ -25,6 +26,9 @@ A rank that has died while the launcher goes on (srun without --kill-on-bad-exit
 with EXIT_LOST, if on_hang is "end". Ranks of the same node see it; where none of a node is left, the lowest other node
 does, seconds later, from what the ranks' guards have written into the run directory (`mpidl/guard.py`). A node that has
 lost its power is silent.
+
+Where the launcher does end the job (srun with it sends SIGTERM, and kills only after KillWait, 30 s), a rank that knows
+of a loss and has got that signal leaves at once: the iteration that it would end before, as it is asked to, has no end.
 
 A watchdog that was not awake itself for some seconds (a suspended job, a laptop's lid) begins to count anew. Watching
 goes on until the process ends, also while ranks that are done wait for the others.
@@ -41,13 +45,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpidl import guard
 from mpidl.errors import EXIT_HUNG, EXIT_LOST
-from mpidl.runtime import hang_report, stacks, ulfm
+from mpidl.runtime import hang_report, signals, stacks, ulfm
 from mpidl.runtime.activity import (
     ENDING,
     ENDS,
@@ -171,6 +177,8 @@ class Watchdog:
             last = time.monotonic()
 
     def _look(self, now: float) -> None:
+        if signals.is_ended() and not ulfm.is_on() and self._knows_loss():
+            self._leave(EXIT_LOST)  # the guard of the lost one has told it
         if self._ends_with_speaker(now) or not self.settings.hang_seconds > 0 or not self._speaks(now):
             return
         self._look_for_lost(now)
@@ -248,21 +256,22 @@ class Watchdog:
             ends = ends and any(not hang_report.waits(state) for state in states)
         survives = ends and self.settings.survives and not all(hang_report.waits(state) for state in all_states)
         tells = is_alone or self._node == min([self._node, *told])
+        silent = [] if is_alone else self._silent(told)
+        where = f" on {self._hostnames[self._rank]}" if is_alone else ""
+        usual_s = max(float(row[USUAL_S]) for row in self._rows.values())
+        usual = "" if usual_s < 0 else f"; an iteration usually takes {usual_s:.2g} s"
+        title = f"nothing has moved{where} for {quiet_s:.0f} s{usual}"
+        all_states.sort(key=lambda state: state.rank)
+        lines = hang_report.describe(all_states, silent)
+        if survives:
+            lines.append("whoever does not wait is killed; the others go on")
+        code = EXIT_HUNG if ends and not survives else None
         if tells:
-            silent = [] if is_alone else self._silent(told)
-            where = f" on {self._hostnames[self._rank]}" if is_alone else ""
-            usual_s = max(float(row[USUAL_S]) for row in self._rows.values())
-            usual = "" if usual_s < 0 else f"; an iteration usually takes {usual_s:.2g} s"
-            title = f"nothing has moved{where} for {quiet_s:.0f} s{usual}"
-            all_states.sort(key=lambda state: state.rank)
-            lines = hang_report.describe(all_states, silent)
-            if survives:
-                lines.append("whoever does not wait is killed; the others go on")
-            self._print(title, lines, EXIT_HUNG if ends and not survives else None)
+            self._print(title, lines, code)
         if survives:
             self._sacrifice(states)
-        elif ends:
-            self._end(EXIT_HUNG, states, aborts=tells)
+        elif code is not None:
+            self._end(code, states, None if tells else lambda: self._print(title, lines, code))
 
     def _silent(self, told: Mapping[int, Told]) -> list[tuple[str, Sequence[int]]]:
         """(host, ranks) of the nodes that nothing was heard of."""
@@ -319,9 +328,20 @@ class Watchdog:
         ends = self.settings.on_hang == "end"
         states = self._states(now)
         lost = [state for state in states if state.process == "dead"]
-        self._print("a rank was lost", [*hang_report.describe(lost), *gone], EXIT_LOST if ends else None)
+        if gone or not self._guards_told(lost):
+            self._print("a rank was lost", [*hang_report.describe(lost), *gone], EXIT_LOST if ends else None)
         if ends:
-            self._end(EXIT_LOST, states, aborts=True)
+            self._end(EXIT_LOST, states)
+
+    def _guards_told(self, lost: Sequence[RankState]) -> bool:
+        """Whether the guards of these ranks have said all that there is to say."""
+        files = self._node_files()
+        return files is not None and {state.rank for state in lost} <= files.lost(at_once=True).keys()
+
+    def _knows_loss(self) -> bool:
+        """Whether a rank of this node has died, or a guard says so of any."""
+        files = self._node_files()
+        return any(self._is_dead(row) for row in self._rows.values()) or bool(files and files.lost(at_once=True))
 
     def _gone_nodes(self) -> list[str]:
         """Lines about nodes whose ranks were all killed, if this node is the lowest that is left."""
@@ -348,27 +368,41 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(state.pid, signal.SIGKILL)
 
-    def _end(self, code: int, states: Sequence[RankState], *, aborts: bool) -> None:
-        """End the job; this node in any case."""
+    def _end(self, code: int, states: Sequence[RankState], tell: Callable[[], None] | None = None) -> None:
+        """End the job; this node in any case.
+
+        Args:
+            code: that it ends with.
+            states: of this node's ranks.
+            tell: prints the report if whoever has to does not end the job; None: this rank has, and ends it.
+        """
         self._rows[self._rank][ENDS] = code
+        guard.tell(has_said=1)  # also where it is MPI_Abort that ends this process
         # In C, so that it works while MPI_Abort keeps the interpreter's lock.
-        faulthandler.dump_traceback_later(OTHERS_END_S + END_S, exit=True, file=sys.stderr)
-        if aborts:
-            time.sleep(0.1)  # the report must get out
-            threading.Thread(target=self._abort, args=(code,), daemon=True).start()
-        time.sleep(END_S if aborts else OTHERS_END_S)
+        faulthandler.dump_traceback_later(OTHERS_END_S + 2 * END_S, exit=True, file=sys.stderr)
+        if tell is not None:
+            time.sleep(OTHERS_END_S)
+            tell()
+        time.sleep(0.1)  # the report must get out
+        threading.Thread(target=self._abort, args=(code,), daemon=True).start()
+        time.sleep(END_S)
         # Not before: a launcher that sees a rank killed ends the job with that rank's code.
         for state in states:
             if state.process == "stopped":
                 with contextlib.suppress(OSError):
                     os.kill(state.pid, signal.SIGKILL)
+        self._leave(code)
+
+    def _leave(self, code: int) -> NoReturn:
+        """End this process, of which its guard has nothing to say."""
+        guard.tell(has_said=1)
         os._exit(code)
 
     def _ends_with_speaker(self, now: float) -> bool:
         """Whether this node's speaker has judged that all end; then this process does so, if nobody ends it before."""
         codes = [int(row[ENDS]) for row in self._rows.values() if row[ENDS] > 0]
         if codes:
-            self._ends_at = self._ends_at or now + OTHERS_END_S + END_S
+            self._ends_at = self._ends_at or now + OTHERS_END_S + 2 * END_S
             if now >= self._ends_at:
-                os._exit(codes[0])
+                self._leave(codes[0])
         return bool(codes)

@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from mpidl.errors import ConfigError
+from mpidl.errors import MALFORMED, ConfigError
 from mpidl.telemetry import tables
 from mpidl.telemetry.console import Console
 from mpidl.telemetry.events import FILE_NAME
@@ -77,7 +77,7 @@ class Follower:
             fields = json.loads(line)
             event, at = str(fields.pop("event")), float(fields.pop("time"))
             self.status.apply(event, fields, at)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except MALFORMED:
             pass
 
 
@@ -85,8 +85,17 @@ def follow(run_dir: Path, *, once: bool) -> None:
     """Show a run until it ends, or Ctrl-C; or as it is now, once, also where there is no terminal.
 
     Raises:
-        ConfigError: it is no run directory.
+        ConfigError: it is no run directory, or what its events say cannot be shown.
     """
+    try:
+        _follow(run_dir, once=once)
+    except MALFORMED as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {type(error).__name__} {error}") from error
+
+
+def _follow(run_dir: Path, *, once: bool) -> None:
     console, follower = Console(), Follower(run_dir)
     if once or console.terminal is None:
         console.out.print(picture(follower.read(), run_dir, time.time()))

@@ -11,7 +11,10 @@ from tests.launch import ROOT, is_open_mpi, run
 
 pytestmark = pytest.mark.thorough
 
-CASES = ["an exception in the exchange's thread", "Ctrl-C", "SIGTERM to the launcher", "out of memory (`MemoryError`)"]
+CASES = [
+    "an exception in the exchange's thread", "Ctrl-C", "SIGTERM to the launcher", "out of memory (`MemoryError`)",
+    "a rank that leaves with `os._exit(3)`",
+]  # fmt: skip
 
 
 def test_each_fault_ends_the_job_cleanly(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ HOSTILE: dict[str, tuple[tuple[str | int, ...], Any]] = {
     "names of strangers": (("optimizer", "names"), [["z"]]),
     "buffers by number": (("buffers",), [3]),
     "no progress": (("progress",), 3),
+    "an empty text for aliases": (("aliases",), ""),
+    "an empty list for progress": (("progress",), []),
+    "an empty text for buffers": (("buffers",), ""),
+    "an empty list for options": (("optimizer", "options", 0), []),
+    "an empty list for numbers of the state": (("optimizer", "state", 0, "scalars"), []),
 }
 
 

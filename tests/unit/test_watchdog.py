@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mpidl.errors import EXIT_HUNG, EXIT_LOST, ConfigError
-from mpidl.runtime import activity, check_watch, hang_report, node_files, stacks, watchdog
+from mpidl.runtime import activity, check_watch, hang_report, node_files, signals, stacks, watchdog
 from mpidl.runtime.activity import Activity, RankState, read_state
 from mpidl.runtime.watchdog import Watchdog
 
@@ -246,10 +246,24 @@ def test_a_hang_is_told_early_and_once_and_ended_when_it_is_certain(
     assert not job.codes
     job.watch(100)
     told = capsys.readouterr().err
-    assert told.count("mpidl: error: nothing has moved for 1") == 1, told
-    assert f"mpidl train --resume {tmp_path}" in told
-    assert job.codes.count(("abort", EXIT_HUNG)) == 1
+    assert told.count("mpidl: error: nothing has moved for 1") == 2, "should the first not end the job, the other node"
+    assert told.count(f"mpidl train --resume {tmp_path}") == 2
+    assert job.codes.count(("abort", EXIT_HUNG)) == 2
     assert job.codes.count(("exit", EXIT_HUNG)) == 4, "should that fail"
+
+
+def test_a_node_tells_only_after_the_one_that_has_to_did_not_end_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, done = hanging(monkeypatch, [0, 1], settings(tmp_path), culprit=1), list[str]()
+    monkeypatch.setattr(job.clock, "sleep", lambda seconds: done.append(f"{seconds:g} s"))
+    monkeypatch.setattr(Watchdog, "_print", lambda self, *_: done.append(f"rank {self._rank} tells"))
+    job.watch(99)
+    done.clear()
+    job.watch(30)
+    others_end = f"{watchdog.OTHERS_END_S:g} s"
+    assert done.count("rank 0 tells") == done.count("rank 1 tells") == done.count(others_end) == 1, done
+    assert done[done.index("rank 1 tells") - 1] == others_end, done
 
 
 def test_a_silent_node_does_not_keep_a_hang_from_being_ended(
@@ -299,6 +313,20 @@ def test_a_rank_that_has_died_is_told_once(
     assert job.codes[:1] == ([("abort", EXIT_LOST)] if on_hang == "end" else [])
 
 
+def test_a_loss_that_a_guard_has_told_is_not_told_again_but_ends_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(monkeypatch, [0, 0, 1], settings(tmp_path))
+    (tmp_path / "hang").mkdir()
+    facts = {"rank": 1, "host": "host0", "process": 5, "code": -9, "job": "key"}
+    (tmp_path / "hang" / "lost-00001.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(stacks, "process_state", lambda pid: "dead" if pid == 5 else "")
+    job.dogs[0]._rows[1][activity.PID] = 5
+    job.watch(20, asleep=[1])
+    assert capsys.readouterr().err == ""
+    assert job.codes[:1] == [("abort", EXIT_LOST)]
+
+
 def test_a_node_whose_only_rank_was_killed_is_told_by_the_lowest_that_is_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +343,21 @@ def test_a_node_whose_only_rank_was_killed_is_told_by_the_lowest_that_is_left(
     assert f"mpidl train --resume {tmp_path}" in told
     assert [code for code in job.codes if code[0] == "abort"] == [("abort", EXIT_LOST)]
     assert not (tmp_path / "hang" / "lost-00001.json").exists()
+
+
+def test_a_rank_that_is_asked_to_end_after_a_loss_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = hanging(monkeypatch, [0, 1], settings(tmp_path), culprit=0)
+    monkeypatch.setattr(signals, "_received", [signal.SIGTERM])
+    job.watch(2, asleep=[0])
+    assert not job.codes, "nobody is lost: it ends its iteration"
+    (tmp_path / "hang").mkdir()
+    facts = {"rank": 0, "host": "host0", "process": 5, "code": -9, "job": "key"}
+    (tmp_path / "hang" / "lost-00000.json").write_text(json.dumps(facts))
+    job.watch(1, asleep=[0])
+    assert job.codes == [("exit", EXIT_LOST)]
+    assert capsys.readouterr().err == "", "its guard has told it"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class NoisyNet(nn.Module):
 
 
 class EndingNet(NoisyNet):
-    """Ends its rank in the training pass that FATE names, as "HOW:RANK:PASS", RANK a number or "all".
+    """Ends its rank in the training pass that FATE names, as "HOW:RANK:PASS", RANK a number, several (0+2) or "all".
 
     When it does, it leaves a file in the folder of the test (`Watched`).
     """
@@ -104,7 +104,7 @@ class EndingNet(NoisyNet):
 
     def forward(self, images: Tensor) -> Tensor:
         self.passes += self.training
-        if self.passes == int(self.last) and self.rank in ("all", str(mpidl.rank())):
+        if self.passes == int(self.last) and (self.rank == "all" or str(mpidl.rank()) in self.rank.split("+")):
             self.end()
         return super().forward(images)
 
@@ -121,6 +121,8 @@ class EndingNet(NoisyNet):
             time.sleep(1.0)  # the others come so far, too
         if self.how in ("kill", "kill once", "kill late", "stop"):
             os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else signal.SIGKILL)
+        if self.how == "leave":
+            os._exit(3)
         if self.how == "lock":
             re.match(r"(a+)+$", "a" * 40 + "b")  # for hours, and with the interpreter's lock
         if self.how == "memory":
