@@ -16,7 +16,7 @@ from mpidl.bench.cases import OPTIMIZERS, Batches, build_model, samples_for
 from mpidl.bench.report import Row, row
 from mpidl.bench.scaling_sizes import check_global_batch, check_node_counts, cut, sizes_of, with_efficiency
 from mpidl.bench.step import LOSS
-from mpidl.bench.step_ways import Mpidl
+from mpidl.bench.step_ways import MPIDL, Mpidl
 from mpidl.bench.waits import Layer, Pace, Waiting, course_of, measure_course, seconds_of
 from mpidl.errors import ConfigError
 from mpidl.report_page import scaling as report_scaling
@@ -238,9 +238,9 @@ def test_a_run_goes_from_step_to_step_and_ends_with_weights_under_way(monkeypatc
     manager: Any = SimpleNamespace(step=lambda wait: told.append("step"), wait=lambda: told.append("wait"))
     manager.take_times = lambda: {"update": 0.0, "wait": 0.0, "local_sum": 0.0}
     monkeypatch.setattr("mpidl.bench.step_ways.ParameterManager", lambda *_, **__: manager)
-    world: Any = SimpleNamespace(rank=0, size=1)
+    world: Any = SimpleNamespace(rank=0, size=1, local_size=1, num_nodes=1)
     model = build_model("lenet5")
-    way = Mpidl(world, model, OPTIMIZERS["sgd"])
+    way = Mpidl(world, model, OPTIMIZERS["sgd"], **MPIDL["mpidl-ordered"])
     loop = step.Loop(world, way, Batches(model, 2, 0), 3)
     loop.prepare()
     assert told == ["step"]
