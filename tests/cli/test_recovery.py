@@ -88,6 +88,27 @@ def test_a_loss_changes_no_bit(losses: str, undisturbed: bytes, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("losses", "nodes", "iterations"),
+    [
+        ("2@iterate:7", "1", [6]),
+        ("2@iterate:7", "2", [6]),
+        ("1@synchronize:7 0@synchronize+:8", "1", [6, 8]),
+        ("3@update:7", "1", [4]),
+        ("2@iterate:3", "1", [0]),
+    ],
+    ids=["on one node", "on two", "one in the first group after a loss", "a shard torn", "before the state has a home"],
+)
+def test_what_was_done_and_can_be_read_is_not_done_again(
+    losses: str, nodes: str, iterations: list[int], undisturbed: bytes, tmp_path: Path
+) -> None:
+    """Groups of four: the second one begins behind iteration 4, and with it state can be read as it is."""
+    run_dir = tmp_path / "run"
+    ended = train(run_dir, losses, env={"MPIDL_EMULATED_NODES": nodes}).check()
+    assert (run_dir / "weights.safetensors").read_bytes() == undisturbed, ended.output
+    assert [event["iteration"] for event in events(run_dir, "recovery")] == iterations, ended.output
+
+
+@pytest.mark.parametrize(
     ("losses", "nodes", "source", "iteration"),
     [
         ("0@iterate:10 3@iterate:10", "2", "memory", 9),
