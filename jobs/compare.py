@@ -32,14 +32,16 @@ EPOCHS = 6
 
 def iteration_seconds(name: str, batch: int, run_dir: str, settings: dict[str, Any]) -> list[float]:
     """Of every epoch of one training but the first; `batch` samples a rank."""
-    iterations, settings = ITERATIONS[name], {"run_dir": run_dir, "progress": "quiet", **settings}
+    iterations, settings = (
+        ITERATIONS[name],
+        {"run_dir": run_dir, "progress": "quiet", "checkpoint_every": 0, **settings},
+    )
     train_set, _ = synthetic(shape=SHAPES[name], num_classes=10, num_samples=batch * mpidl.size() * iterations)
     trainer = mpidl.Trainer(
         build(name, num_classes=10),
         nn.functional.cross_entropy,
         functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9),
         batch_size=batch * mpidl.size(),
-        checkpoint_every=0,
         **settings | {"run_dir": settings["run_dir"] or None},
     )
     history = trainer.fit(train_set, epochs=EPOCHS)
@@ -48,6 +50,8 @@ def iteration_seconds(name: str, batch: int, run_dir: str, settings: dict[str, A
 
 
 if __name__ == "__main__":
+    if len(set(sys.argv[1:3])) < 2:
+        sys.exit(__doc__)
     first, second, name, batch, pairs = (sys.argv[1:] + ["lenet5", "64", "5"][len(sys.argv) - 3 :])[:5]
     settings = {text: tomllib.loads(f"given = {{{text}}}")["given"] for text in (first, second)}
     found: dict[str, list[float]] = {text: [] for text in settings}

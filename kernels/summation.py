@@ -156,7 +156,7 @@ def mean_rows(
         rows: as in `add_rows`.
         steps: as in `add_rows`.
         divisor: what the sum is divided by (a true division: x / 3 is not x * (1 / 3)).
-        out: float32, (num_elements,); overwritten; it is one of the rows, or overlaps none.
+        out: float32, (num_elements,); overwritten; it is one of the rows (as it was before), or overlaps none.
         squares: float64, (ceil(num_elements / BLOCK_SIZE),); overwritten with each block's sum of squares, the
             same bits on every rank count, and finite exactly if all of the block's elements are.
     """
@@ -164,14 +164,22 @@ def mean_rows(
     scratch = np.empty(steps.shape[0] * CHUNK_SIZE, np.float32)
     lanes = np.empty(CHUNK_SIZE, np.float64)
     last = steps.shape[0] - 1
+    is_row = False
+    for row in rows:
+        is_row |= row == out.ctypes.data
     for block in range(squares.shape[0]):
         lanes[:] = 0.0
         stop = min((block + 1) * BLOCK_SIZE, num_elements)
         for first in range(block * BLOCK_SIZE, stop, CHUNK_SIZE):
             size = min(CHUNK_SIZE, stop - first)
             _add_all_but_last(rows, steps, scratch.ctypes.data, first, size, lanes)
-            into = _view(out.ctypes.data + first * 4, size)
+            target = _view(out.ctypes.data + first * 4, size)
+            # A loop that reads and writes the same row would not be vectorised.
+            into = _view(scratch.ctypes.data + last * CHUNK_SIZE * 4, size) if is_row else target
             _add_and_divide(rows, steps, last, scratch.ctypes.data, first, size, into, divisor, lanes)
+            if is_row:
+                for i in range(size):
+                    target[i] = into[i]
         squares[block] = _total(lanes)
 
 

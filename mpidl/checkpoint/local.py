@@ -12,8 +12,8 @@ ranks (position, buffers) into `SERIES-SLOT.common`, one file for each of the tw
 *When a file is complete.* An image file begins with a header (key of the launch, series, rank and number of ranks, the
 layout's digest, the shard's runs, the vectors' names; with a checksum), written when the file is made and never
 changed. A slot counts where its iteration is set, and its checksum, which are written last, fits what it holds. A
-common file has a checksum too, and appears by a rename. Of a *whole* start of a group every rank's slot of one series
-has the iteration, owner's or buddy's, and so has a common file of the series, on some node.
+common file has a checksum too, and is written over the one before last. Of a *whole* start of a group every rank's slot
+of one series has the iteration, owner's or buddy's, and so has a common file of the series, on some node.
 
 *At the next start* each rank looks into the folder of its node; all tell each other what is there, and take the newest
 whole start that is newer than the newest checkpoint. Of each image one rank that has it reads a copy, which it checks;
@@ -123,14 +123,16 @@ class LocalFiles:
         self._layout = manager.layout.digest()
         self._name, self._path = announced.name, local_folder.DIRECTORY / announced.name
         self._is_first = world.local_rank == 0
-        self._fixed: dict[str, Any] = {}
+        self._fixed: dict[str, Any] | None = None
+        """What is written; a checkpoint that is loaded after this may bring other frozen parameters."""
+        self._as_built: dict[str, Any] = {}
         self._has_failed = False
         self._found: dict[Place, list[tuple[str, int]]] = {}
         """Where the images are that this rank can read: file and slot."""
         self._commons: dict[tuple[str, int], str] = {}
         failure = ""
         try:
-            self._fixed = describe_fixed(manager) if self._is_first else {}
+            self._as_built = describe_fixed(manager)
             self._folder = open_folder(announced.name)
         except OSError as error:
             failure = f"{self._path} on {world.hostname}: {error.strerror}"
@@ -179,12 +181,11 @@ class LocalFiles:
             )
             for rank in (self._world.rank, *wards)
         }
-        try:
+        with contextlib.suppress(SharedMemoryError):
             return self._share(series, headers)
-        except SharedMemoryError:
-            self.keep_only([])  # what the start before has left takes room; the checkpoint has to do until the next one
-            self._world.barrier()
-            return self._share(series, headers)
+        self.keep_only([])  # what the start before has left takes room; the checkpoint has to do until the next one
+        self._world.barrier()
+        return self._share(series, headers)
 
     def _share(self, series: str, headers: Mapping[int, Header]) -> tuple[list[Bytes], list[Bytes]]:
         world, made, failure = self._world, dict[int, Bytes](), ""
@@ -244,17 +245,14 @@ class LocalFiles:
             tensors = {
                 key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in buffers.items()
             }
-            content = encode_common(
-                self._key, Common(series, iteration, state, self._fixed, travelling, serialised(tensors))
-            )
-            descriptor = os.open(
-                f"{name}.new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW, 0o600, dir_fd=self._folder
-            )
-            with open(descriptor, "wb") as file:
+            self._fixed = self._fixed or describe_fixed(self._manager)
+            common = Common(series, iteration, state, self._fixed, travelling, serialised(tensors))
+            content = encode_common(self._key, common)
+            descriptor = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600, dir_fd=self._folder)
+            with open(descriptor, "wb") as file:  # in the place of an older one, as the memory may be full
                 file.write(content)
-            os.rename(f"{name}.new", name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+                file.truncate()
         except (OSError, *UNKEPT) as error:
-            self._unlink(f"{name}.new")
             if not self._has_failed:
                 self._has_failed = True
                 warn(f"{self._path} cannot be written ({error}); a restart may lose more")
@@ -389,7 +387,7 @@ class LocalFiles:
     def _is_fit(self, common: Common) -> bool:
         """Whether the state is of this model and optimizer."""
         check_fits(self._manager, self._path, common.fixed)
-        own = self._fixed or describe_fixed(self._manager)
+        own = self._as_built
         values, found = self._manager.buffer_values(), deserialised(common.buffers)
         kinds, found_kinds = (
             {name: (value.shape, value.dtype) for name, value in each.items()} for each in (values, found)

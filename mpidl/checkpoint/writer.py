@@ -139,8 +139,10 @@ class Writer:
     def prepare(self) -> None:
         """Let the thread make the buffer of the first snapshot, so that training does not wait for its memory.
 
-        To be called when the optimizer has made its state, before the first `begin`. Not collective.
+        To be called when the optimizer has made its state; behind a `begin` it does nothing. Not collective.
         """
+        if self._course is not None:
+            return  # its snapshot has been taken already
         states = _states(self._manager.shard_optimizer.scalars())
         self._preparing = self._thread.submit(self._snapshot.prepare, states)
 

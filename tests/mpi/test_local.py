@@ -192,6 +192,29 @@ def test_what_is_of_another_optimizer_or_model_is_not_taken(world: World, key: s
     manager.close()
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_frozen_parameters_that_a_checkpoint_has_brought_are_not_replaced_by_others(
+    world: World, key: str, loads: bool
+) -> None:
+    """The files do not hold them: where the next start makes other ones, the checkpoint, which has them, is taken."""
+
+    def started() -> tuple[mpidl.ParameterManager, LocalFiles, torch.Tensor]:
+        model = made(normalised)
+        frozen = next(model.parameters()).requires_grad_(False)
+        manager = mpidl.ParameterManager(model, ADAMW, world=world)
+        return manager, LocalFiles(world, announced(key, world.node), manager), frozen
+
+    manager, files, frozen = started()
+    if loads:
+        frozen.fill_(7.0)
+    memory = Memory(manager, world, files=files)
+    memory.keep(3, {"iteration": 3}, now=0.0)
+    manager.close()
+    manager, files, _ = started()
+    assert isinstance(find_in_files(files, -1, lambda state: True), str if loads else Found)
+    manager.close()
+
+
 def test_files_of_the_start_before_stay_until_all_have_new_ones_and_nothing_is_left_at_the_end(
     world: World, key: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ def left_behind(world: World) -> list[str]:
     world.barrier()
     names = [path.name for path in shared.DIRECTORY.iterdir() if not path.name.startswith("mpich_shm")]
     world.barrier()  # nobody makes new ones meanwhile
-    return [name for name in names if "mpidl" in name]
+    kept_for_restarts = re.compile(r"mpidl-\d+-[0-9a-f]{16}")  # of other jobs
+    return [name for name in names if "mpidl" in name and not kept_for_restarts.fullmatch(name)]
 
 
 def mapped() -> int:

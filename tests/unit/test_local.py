@@ -152,7 +152,8 @@ def test_a_folder_that_others_may_enter_or_that_is_a_link_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_folder, "DIRECTORY", tmp_path)
-    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
     (tmp_path / "own").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "own")
     (tmp_path / "file").touch()
