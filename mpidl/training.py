@@ -124,11 +124,13 @@ class Training:
         survives, files = settings.survives(world) and replay is None, self._keeping.files
         if survives or files is not None:
             before = None if start.found is None else start.found.before
-            self.memory = checkpoint.Memory(manager, world, before, files, lives=survives)
+            self.memory = checkpoint.Memory(manager, world, before, files, survives=survives)
         self._survives = survives
         self._first_iteration = self._settled = self._progress.iteration
         """And up to where all is done that was due."""
         self._lost: list[dict[str, Any]] = list(left.lost) if left else []
+        self._done_before, self._begun_before = (left.done, left.begun) if left else (0, -1)
+        """How far the course before had come, and its last checkpoint."""
         if start.loss is not None:
             self._lost += describe_lost(start.loss.lost, self._first_iteration)
         group_size = GroupSize(settings.group_size, settings.max_group_seconds)
@@ -240,6 +242,8 @@ class Training:
             clock_began=self._executor.began,
             drops=self._executor.drops,
             newest=(self._checkpoints.last, self._checkpoints.last_iteration),
+            begun=self._checkpoints.begun,
+            done=done,
             telemetry=self._telemetry,
             lost=self._lost,
         )
@@ -301,8 +305,13 @@ class Training:
         if self._loss is None:
             return
         seconds = time.perf_counter() - self._loss.noticed
-        told = describe_recovery(self._loss.lost, self._world.size, self._first_iteration, seconds, self._source)
+        first = self._first_iteration
+        repeated = self._done_before - first
+        told = describe_recovery(self._loss.lost, self._world.size, first, repeated, seconds, self._source)
         self._record("recovery", **told)
+        if self._checkpoints.lacks(self._begun_before, first):
+            with self._world.activity.within(activity.CHECKPOINT):
+                self._checkpoints.save(self._progress)
 
     def _warn_of_idle_ranks(self) -> None:
         settings, size = self._settings, self._world.size

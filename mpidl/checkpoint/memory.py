@@ -66,7 +66,7 @@ class Memory:
         world: all ranks, with their nodes.
         before: of the world before the last loss; kept until this one's own are complete.
         files: where it is to outlive all ranks; None: it need not.
-        lives: whether some ranks may go on where others are lost: then the state itself is to be readable too.
+        survives: whether some ranks may go on where others are lost: then the state itself is to be readable too.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Memory:
         before: Memory | None = None,
         files: LocalFiles | None = None,
         *,
-        lives: bool = True,
+        survives: bool = True,
     ) -> None:
         self.before = before
         self.generation: int = 0 if before is None else before.generation + 1
@@ -87,7 +87,7 @@ class Memory:
         self.runs = [_unpadded(manager, manager.runs_of(rank)) for rank in range(world.size)]
         """Each rank's shard: elements [start, stop) of the vector without gaps."""
         self._stores: list[Store] = []
-        self._lives = lives and manager.updates_in_place
+        self._survives = survives
         self._live: Live | None = None
         self._num_kept = 0
         self._own: dict[int, tuple[Any, dict[str, torch.Tensor], list[str] | None]] = {}
@@ -143,16 +143,21 @@ class Memory:
         keys = ["weights", *(f"state.{state}" for state in states)]
         if self._stores and self._stores[-1].keys == keys:
             return
-        if self._lives:
-            assert self._manager is not None, "frozen"
+        assert self._manager is not None, "frozen"
+        if self._survives and self._manager.updates_in_place:
             with contextlib.suppress(SharedMemoryError):  # on every rank: the starts have to do
                 self._live = Live(self._manager, world, states, len(merged), iteration)
         try:
             self._stores.append(Store(world, keys, self.runs, len(merged), self._files))
         except SharedMemoryError as error:
-            warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
             if self._files is not None:
                 self._files.keep_only([])
+            if self._files is not None and self._survives:
+                warn(f"nothing is kept for a restart, which will take the newest checkpoint: {error}")
+                self._files = None
+                self._arrange(scalars, iteration)  # it needs less room where a file is not needed
+                return
+            warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
             self._has_room = False
             self._stores.clear()
 

@@ -105,7 +105,7 @@ def test_a_rank_that_another_has_ended_leaves_with_its_code_and_says_nothing(
     ],
 )
 def test_a_loss_is_told_with_who_where_and_how_long(lost: tuple[tuple[int, str], ...], ranks: int, said: str) -> None:
-    told = describe_recovery(lost, ranks, 40, 0.25, "memory")
+    told = describe_recovery(lost, ranks, 40, 2, 0.25, "memory")
     assert told["message"] == said
     assert [each["host"] for each in told["lost"]] == [host for _, host in lost]
 
