@@ -26,7 +26,7 @@ from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LOOK_S = 0.2
 _AGAIN_S = 1.0
 """After which SIGTERM is sent once more: ranks that listen take the first one as a wish to stop."""
@@ -67,7 +67,9 @@ class Course:
     def run(self) -> int:
         """Start until there is an end; the exit code."""
         (self._run_dir / RANKS_FILE).unlink(missing_ok=True)  # of an earlier launch that ended before it saw the file
-        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        taken = [number for number in _SIGNALS if not (number == signal.SIGHUP and is_nohup)]
+        before = {number: signal.signal(number, self._pass_on) for number in taken}
         try:
             while True:
                 end = self._start()
@@ -249,4 +251,5 @@ class Course:
 
 
 def _say(text: str) -> None:
-    print(f"mpidl: launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"mpidl: launch: {text}", file=sys.stderr, flush=True)

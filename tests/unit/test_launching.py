@@ -183,8 +183,13 @@ def test_a_file_ranks_that_cannot_be_followed_changes_nothing(
 
 @pytest.mark.parametrize(
     ("sent", "trapped", "code"),
-    [(signal.SIGINT, "USR1", 130), (signal.SIGTERM, "USR1", STOPPED), (signal.SIGUSR1, "USR1", STOPPED)],
-    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
+    [
+        (signal.SIGINT, "USR1", 130),
+        (signal.SIGTERM, "USR1", STOPPED),
+        (signal.SIGUSR1, "USR1", STOPPED),
+        (signal.SIGHUP, "USR1", STOPPED),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1", "SIGHUP"],
 )
 def test_a_signal_ends_the_training_and_restarts_nothing(
     sent: signal.Signals, trapped: str, code: int, launcher: Launcher, run_dir: Path, tmp_path: Path
@@ -197,10 +202,24 @@ def test_a_signal_ends_the_training_and_restarts_nothing(
     assert b"goes on" in told
 
 
-def waiting(launcher: str, run_dir: Path) -> subprocess.Popen[bytes]:
+def test_under_nohup_a_closed_terminal_changes_nothing(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    end = f'{BEGIN} while [ ! -e "{tmp_path}/end" ]; do sleep 0.05; done; {FINISH}'
+    process = waiting(launcher(f"trap 'exit 5' USR1; {end}"), run_dir, on_hangup=signal.SIG_IGN)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    (tmp_path / "end").touch()
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, told
+
+
+def waiting(launcher: str, run_dir: Path, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[bytes]:
     """A process of `mpidl launch` whose training has begun."""
     words = ["launch", "--mpirun", launcher, "mpidl", "train", "--run-dir", str(run_dir)]
-    process = subprocess.Popen([sys.executable, "-m", "mpidl", *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpidl", *words],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, on_hangup),  # tests may run under nohup themselves
+    )
     wait_for(run_dir / "config.toml")
     return process
 
