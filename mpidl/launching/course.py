@@ -18,8 +18,8 @@ from typing import Any
 
 from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
-from mpidl.errors import MALFORMED
-from mpidl.guard import ENDS, die_with_parent
+from mpidl.errors import EXIT_LOST, MALFORMED
+from mpidl.guard import ENDS, die_with_parent, is_loss
 from mpidl.launching.command import Command
 from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
 
@@ -111,7 +111,7 @@ class Course:
             code,
             is_finished=self._stamp(FINISHED) not in (None, finished),
             has_begun=has_begun,
-            rank_codes=[each["code"] for each in self._rank_ends()],
+            rank_codes=[EXIT_LOST if each["is_loss"] else each["code"] for each in self._rank_ends()],
             asked=self._asked,
             is_resized=self._wanted is not None,
         )
@@ -180,7 +180,7 @@ class Course:
 
     def _describe(self, end: End) -> str:
         """Which ranks were lost, and where."""
-        lost = [f"rank {each['rank']} on {each['host']}" for each in self._rank_ends() if each["code"] < 0]
+        lost = [f"rank {each['rank']} on {each['host']}" for each in self._rank_ends() if each["is_loss"]]
         if lost:
             return f"lost {', '.join(lost)}; "
         if end.rank_codes or end.is_resized or not end.has_begun:
@@ -199,7 +199,8 @@ class Course:
         for file in sorted(self._ends.glob("rank-*.json")):
             with contextlib.suppress(OSError, *MALFORMED):
                 entry = json.loads(file.read_text())
-                found.append({"rank": int(entry["rank"]), "host": str(entry["host"]), "code": int(entry["code"])})
+                rank, host, code = int(entry["rank"]), str(entry["host"]), int(entry["code"])
+                found.append({"rank": rank, "host": host, "code": code, "is_loss": is_loss(code, entry)})
         return sorted(found, key=lambda entry: entry["rank"])
 
     def _stamp(self, name: str) -> tuple[int, int] | None:
