@@ -17,7 +17,7 @@ training:
    the rules, which are those of `jobs/preempt.sbatch`.
 
 Where there are restarts, ranks keep their state in a folder of each node's memory (`local_folder.py`), whose name and
-key stand in the folder `ends`, too. They remove it when they end well; else this process does in the end, by the
+key they get in their command line. They remove it when they end well; else this process does in the end, by the
 launcher where there are other nodes.
 
 What if. A rank is lost: its guard has named it already; this process says what it does about it. A node is lost: the

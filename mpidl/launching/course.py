@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -91,12 +92,11 @@ class Course:
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
             self._ends.mkdir(mode=0o700)
-            if self._announced is not None:
-                local_folder.announce(self._announced, self._ends)
+        announced = self._announced and dataclasses.replace(self._announced, is_restart=self._has_begun)
         finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
         parent = os.getpid()
         self._process = subprocess.Popen(
-            self._command.line(self._ranks, resumes=self._has_begun),
+            self._command.line(self._ranks, announced, resumes=self._has_begun),
             stdin=subprocess.DEVNULL,
             process_group=0,
             preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
