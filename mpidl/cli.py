@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpidl import bench as benchmarks
-from mpidl import command_line, completion, guard, launching, report_page
+from mpidl import command_line, completion, guard, launching, local_folder, report_page
 from mpidl import config as configuration
 from mpidl._version import __version__
 from mpidl.command_line import is_printing, parse
@@ -139,6 +139,7 @@ def train(parsed: argparse.Namespace) -> int:
     """Train as the job file and flags say, and keep the results in a run directory. Collective."""
     from mpidl.runtime import signals
 
+    local_folder.listen(parsed.announced)
     signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job, runtime

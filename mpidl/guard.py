@@ -134,11 +134,21 @@ def _report(code: int, facts: dict[str, Any]) -> None:
     run_dir = pathlib.Path(facts.get("run_dir", os.devnull))
     if (run_dir / ENDS).is_dir():
         _write(run_dir / ENDS / f"rank-{facts['rank']:05d}.json", {**facts, "code": code})
-    is_loss = code < 0 or ("size" in facts and "has_said" not in facts)
-    if is_loss and "job" in facts:
+    if not is_loss(code, facts):
+        return
+    if "job" in facts:
         _write(run_dir / HANG / f"lost-{facts['rank']:05d}.json", {**facts, "code": code})
-    if is_loss:
-        print(describe_loss(code, facts), file=sys.stderr, flush=True)
+    print(describe_loss(code, facts), file=sys.stderr, flush=True)
+
+
+def is_loss(code: int, facts: Mapping[str, Any]) -> bool:
+    """Whether a rank that did not end well was lost: by a signal, or with a code of which it has not said why.
+
+    Args:
+        code: the negative number of the signal, or the exit code.
+        facts: what it told while it lived.
+    """
+    return code < 0 or ("size" in facts and "has_said" not in facts)
 
 
 def _write(file: pathlib.Path, facts: Mapping[str, Any]) -> None:

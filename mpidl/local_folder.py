@@ -1,8 +1,8 @@
 """The folder in a node's memory in which a run's state outlives its processes (`checkpoint/local.py`).
 
-`mpidl launch` announces it, in the folder of the run directory that takes how ranks have ended: the folder's name,
-which is made of the run directory and the user, and a key of its own. Ranks that find the note keep their state in
-files there, and take none that has another key: what an earlier launch has left is another training's.
+`mpidl launch` announces it to the ranks that it starts, in their command line: the folder's name, which is made of the
+run directory and the user, and a key of its own. These ranks keep their state in files there, and take none that has
+another key: what an earlier launch has left is another training's. Ranks that nothing is announced to keep nothing.
 
 Importing this loads nothing large.
 """
@@ -20,12 +20,16 @@ import secrets
 import shutil
 import stat
 
+from mpidl.errors import MALFORMED
+
 DIRECTORY = pathlib.Path(os.environ.get("MPIDL_SHM_DIR", "/dev/shm"))
 """Where a node's memory can be had as files."""
 
-_NOTE, _STATE = "keep.json", "kept.json"
-_NAME = re.compile(r"mpidl-\d+-[0-9a-f]{16}")
-_KEY = re.compile(r"[0-9a-f]{32}")
+FLAG = "--announced"
+"""Of `mpidl train`, not in its help: takes an `Announced`."""
+
+_STATE = "kept.json"
+_ANNOUNCED = re.compile(r"(?P<name>mpidl-(?P<user>[0-9]+)-[0-9a-f]{16})/(?P<key>[0-9a-f]{32})/(?P<is_restart>[01])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Announced:
     """Of the folder."""
     key: str
     """Of the launch."""
+    is_restart: bool = False
+    """Whether the launch has begun the training before."""
+
+    def __str__(self) -> str:
+        """A word of a command line."""
+        return f"{self.name}/{self.key}/{int(self.is_restart)}"
+
+
+announced: Announced | None = None
+"""What this process, a rank, was told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,34 +74,26 @@ def name_of(run_dir: pathlib.Path) -> str:
     return f"mpidl-{os.getuid()}-{hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16]}"
 
 
-def announce(announced: Announced, ends: pathlib.Path) -> None:
-    """Write the note into a folder that is there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    _write(ends / _NOTE, dataclasses.asdict(announced))
-
-
-def read_announced(ends: pathlib.Path) -> Announced | None:
-    """The note; None: there is none, or none of this user."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((ends / _NOTE).read_text())
-        name, key = found["name"], found["key"]
-        if _NAME.fullmatch(name) and _KEY.fullmatch(key) and name.split("-")[1] == str(os.getuid()):
-            return Announced(name, key)
-    return None
+def listen(word: str | None) -> None:
+    """Take what was announced in the command line; None, or what is none of this user: nothing was."""
+    global announced
+    announced = None
+    found = _ANNOUNCED.fullmatch(word or "")
+    if found is not None and found["user"] == str(os.getuid()):
+        announced = Announced(found["name"], found["key"], found["is_restart"] == "1")
 
 
 def tell_kept(kept: Kept, ends: pathlib.Path) -> None:
     """Let `mpidl launch` know; for rank 0."""
     with contextlib.suppress(OSError):  # a full disk: it then knows of no other nodes
-        _write(ends / _STATE, dataclasses.asdict(kept))
+        new = (ends / _STATE).with_suffix(".new")
+        new.write_text(json.dumps(dataclasses.asdict(kept)))
+        new.rename(ends / _STATE)  # so that it is there whole
 
 
 def read_kept(ends: pathlib.Path) -> Kept | None:
     """What ranks have told; None: nothing."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, *MALFORMED):
         found = json.loads((ends / _STATE).read_text())
         return Kept(int(found["num_nodes"]), str(found["host"]), int(found["iteration"]))
     return None
@@ -100,9 +106,3 @@ def remove(name: str) -> None:
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _write(path: pathlib.Path, value: dict[str, object]) -> None:
-    """Write a file that is there whole or not at all."""
-    path.with_suffix(".new").write_text(json.dumps(value))
-    path.with_suffix(".new").rename(path)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from mpidl import config
+from mpidl import config, local_folder
 from mpidl.bench import plan as bench_plan
 from mpidl.bench import simulate_points
 from mpidl.checkpoint import load_optimizer, load_weights, local_format
@@ -311,6 +311,11 @@ def read_end_file(folder: Path, content: bytes) -> None:
     Course(SimpleNamespace(run_dir=folder), None, 0)._rank_ends()  # type: ignore[arg-type]
 
 
+def read_kept_file(folder: Path, content: bytes) -> None:
+    (folder / "kept.json").write_bytes(content)
+    local_folder.read_kept(folder)
+
+
 STATE = RankState(
     rank=1, host="vm", pid=3, iteration=8, phase="update", phase_s=4.2, waits_s=None, bucket=2, stack="File x"
 )
@@ -366,5 +371,6 @@ TARGETS = {
                               read_plan_figures, is_json=True),
     "lost file": Target((lines(LOST),), read_lost_file, is_json=True),
     "end file": Target((lines(LOST),), read_end_file, is_json=True),
+    "kept file": Target((lines({"num_nodes": 2, "host": "vm", "iteration": 3}),), read_kept_file, is_json=True),
     "node file": Target((lines(NODE),), read_node_file, is_json=True),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 
+from mpidl import local_folder
 from mpidl.errors import ConfigError
 from mpidl.launching.flags import Training
 from mpidl.runtime.launch import mpirun
@@ -26,16 +27,18 @@ class Command:
     training: Training
     run_dir: pathlib.Path
 
-    def line(self, ranks: int | None, *, resumes: bool) -> list[str]:
+    def line(self, ranks: int | None, announced: local_folder.Announced | None, *, resumes: bool) -> list[str]:
         """The command of the next start.
 
         Args:
             ranks: how many; None: the launcher knows.
+            announced: where they keep their state for another start; None: nowhere.
             resumes: whether a start before it has begun the run.
         """
         anew = self.training.is_resumed or not resumes
         arguments = self.arguments if anew else ["--resume", str(self.run_dir)]
-        return [*self._start(ranks), *self.program, "train", *arguments]
+        told = [] if announced is None else [local_folder.FLAG, str(announced)]
+        return [*self._start(ranks), *self.program, "train", *arguments, *told]
 
     def removal(self, ranks: int | None, path: pathlib.Path) -> list[str]:
         """The command that removes a folder from all nodes."""

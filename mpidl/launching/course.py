@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,15 +19,15 @@ from typing import Any
 
 from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
-from mpidl.errors import MALFORMED
-from mpidl.guard import ENDS, die_with_parent
+from mpidl.errors import EXIT_LOST, MALFORMED
+from mpidl.guard import ENDS, die_with_parent, is_loss
 from mpidl.launching.command import Command
 from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
 
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LOOK_S = 0.2
 _AGAIN_S = 1.0
 """After which SIGTERM is sent once more: ranks that listen take the first one as a wish to stop."""
@@ -67,7 +68,9 @@ class Course:
     def run(self) -> int:
         """Start until there is an end; the exit code."""
         (self._run_dir / RANKS_FILE).unlink(missing_ok=True)  # of an earlier launch that ended before it saw the file
-        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        taken = [number for number in _SIGNALS if not (number == signal.SIGHUP and is_nohup)]
+        before = {number: signal.signal(number, self._pass_on) for number in taken}
         try:
             while True:
                 end = self._start()
@@ -89,12 +92,11 @@ class Course:
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
             self._ends.mkdir(mode=0o700)
-            if self._announced is not None:
-                local_folder.announce(self._announced, self._ends)
+        announced = self._announced and dataclasses.replace(self._announced, is_restart=self._has_begun)
         finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
         parent = os.getpid()
         self._process = subprocess.Popen(
-            self._command.line(self._ranks, resumes=self._has_begun),
+            self._command.line(self._ranks, announced, resumes=self._has_begun),
             stdin=subprocess.DEVNULL,
             process_group=0,
             preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
@@ -109,7 +111,7 @@ class Course:
             code,
             is_finished=self._stamp(FINISHED) not in (None, finished),
             has_begun=has_begun,
-            rank_codes=[each["code"] for each in self._rank_ends()],
+            rank_codes=[EXIT_LOST if each["is_loss"] else each["code"] for each in self._rank_ends()],
             asked=self._asked,
             is_resized=self._wanted is not None,
         )
@@ -178,7 +180,7 @@ class Course:
 
     def _describe(self, end: End) -> str:
         """Which ranks were lost, and where."""
-        lost = [f"rank {each['rank']} on {each['host']}" for each in self._rank_ends() if each["code"] < 0]
+        lost = [f"rank {each['rank']} on {each['host']}" for each in self._rank_ends() if each["is_loss"]]
         if lost:
             return f"lost {', '.join(lost)}; "
         if end.rank_codes or end.is_resized or not end.has_begun:
@@ -197,7 +199,8 @@ class Course:
         for file in sorted(self._ends.glob("rank-*.json")):
             with contextlib.suppress(OSError, *MALFORMED):
                 entry = json.loads(file.read_text())
-                found.append({"rank": int(entry["rank"]), "host": str(entry["host"]), "code": int(entry["code"])})
+                rank, host, code = int(entry["rank"]), str(entry["host"]), int(entry["code"])
+                found.append({"rank": rank, "host": host, "code": code, "is_loss": is_loss(code, entry)})
         return sorted(found, key=lambda entry: entry["rank"])
 
     def _stamp(self, name: str) -> tuple[int, int] | None:
@@ -249,4 +252,5 @@ class Course:
 
 
 def _say(text: str) -> None:
-    print(f"mpidl: launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"mpidl: launch: {text}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 from collections.abc import Sequence
 
-from mpidl.errors import UserError
+from mpidl.errors import EXIT_LOST, UserError
 
 MOST_STARTS = 3
 """In a row without a new checkpoint; as in jobs/preempt.sbatch."""
@@ -27,7 +27,7 @@ class End:
     has_begun: bool
     """Whether the ranks have come so far that one has written the run directory's configuration anew."""
     rank_codes: Sequence[int] = ()
-    """Exit codes that ranks' guards have written down; negative: signals. Launchers kill guards: some are missing."""
+    """Exit codes that ranks' guards have noted; EXIT_LOST: it was lost. Launchers kill guards: some are missing."""
     asked: signal.Signals | None = None
     """What this process was asked to pass on last."""
     is_resized: bool = False
@@ -71,6 +71,8 @@ def judge(end: End, count: Count) -> Verdict:
     code = _exit_code(end)
     codes = end.rank_codes or [code]
     hopeless = next((each for each in codes if each in HOPELESS), None)
+    if hopeless is None and code in HOPELESS:  # of a rank that was lost
+        code = EXIT_LOST
     if end.is_finished:
         return Verdict(False, "")
     if end.asked == signal.SIGINT:

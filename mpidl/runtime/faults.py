@@ -283,11 +283,15 @@ def _code_of(command: Callable[[], int | None]) -> int:
         return code
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        guard.tell(has_said=1)
+        others = _job if code and _job is not None and _job.size > 1 else None
         if isinstance(error.code, str):  # as Python does with sys.exit("message")
             print(error.code, file=sys.stderr, flush=True)
-            guard.tell(has_said=1)
-        if code and _job is not None and _job.size > 1:
-            _job.abort(code)
+        elif others is not None:
+            print(f"[rank {others.rank}] left with code {code}; all end", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+        if others is not None:
+            others.abort(code)
         return code
     except BaseException as error:
         with contextlib.suppress(OSError):

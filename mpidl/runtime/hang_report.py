@@ -40,15 +40,17 @@ def describe(states: Sequence[RankState], silent_hosts: Sequence[tuple[str, Sequ
 
 
 def describe_gone(host: str, signals: Mapping[int, int]) -> str:
-    """The line about a node all of whose ranks were killed.
+    """The line about a node all of whose ranks were lost.
 
     Args:
         host: its name.
         signals: of its ranks, rank -> number of the signal; negative: the exit code.
     """
-    numbers = ", ".join(str(number) for number in sorted(set(signals.values())) if number > 0)
-    how = f"died of signal {numbers}" if numbers else "left with an error code"
-    return f"nobody is left on {host}: {ranks_text(signals)} {how}"
+    ends: dict[str, list[int]] = {}
+    for rank, number in sorted(signals.items()):
+        how = f"died of signal {number}" if number > 0 else f"left with code {-number}"
+        ends.setdefault(how, []).append(rank)
+    return f"nobody is left on {host}: {', '.join(f'{ranks_text(ranks)} {how}' for how, ranks in ends.items())}"
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

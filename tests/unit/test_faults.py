@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from mpidl import guard
 from mpidl.errors import CheckpointError, ConfigError, MpidlError, NonFiniteLossError, PlanError, UserError
 from mpidl.runtime import end_job, faults, on_all_ranks, run_command, warn
 
@@ -197,7 +198,20 @@ def test_leaving_early_ends_the_others_unless_the_code_is_0(
     aborted = become(size - 1, size)
     assert run_command(lambda: sys.exit(argument)) == code
     assert aborted == ([code] if code and size > 1 else [])
-    assert capsys.readouterr().err == ("no such thing\n" if isinstance(argument, str) else "")
+    told = "no such thing\n" if isinstance(argument, str) else f"[rank 1] left with code {code}; all end\n"
+    assert capsys.readouterr().err == (told if isinstance(argument, str) or aborted else "")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("argument", [5, "no such thing"])
+def test_the_guard_of_a_rank_that_leaves_on_purpose_has_nothing_to_say(
+    become: Become, monkeypatch: pytest.MonkeyPatch, argument: Any, size: int
+) -> None:
+    told: dict[str, int | str] = {}
+    monkeypatch.setattr(guard, "tell", lambda **facts: told.update(facts))
+    become(size - 1, size)
+    run_command(lambda: sys.exit(argument))
+    assert told == {"has_said": 1}
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------

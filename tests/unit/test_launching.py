@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from mpidl import cli, local_folder
-from mpidl.errors import ConfigError, LaunchError
+from mpidl.errors import EXIT_LOST, ConfigError, LaunchError
 from mpidl.launching.verdict import MOST_STARTS, STOPPED, Count, End, judge
 
 pytestmark = pytest.mark.launches
 
 PATIENCE_S = 30.0
+ANNOUNCED = r" --announced (\S+)/([0-9a-f]{32})/([01])"
 
 Launcher = Callable[..., str]
 """Of what the first, the second, ... start does, in shell; gives the launcher's command."""
@@ -54,8 +56,8 @@ def launcher(tmp_path: Path, run_dir: Path) -> Launcher:
 
 
 def lines(tmp_path: Path) -> list[str]:
-    """What the launcher was started with."""
-    return (tmp_path / "lines").read_text().splitlines()
+    """What the launcher was started with, but for what is announced to ranks."""
+    return re.sub(ANNOUNCED, "", (tmp_path / "lines").read_text()).splitlines()
 
 
 def launched(launcher: str, run_dir: Path, *options: str) -> int:
@@ -95,8 +97,7 @@ def test_what_killed_ranks_have_kept_is_removed_from_all_nodes_in_the_end(
     (tmp_path / name).mkdir()
     (tmp_path / name / "file").touch()
     kept = BEGIN + told(2)
-    noted = 'grep -q key "$run/ends/keep.json" || exit 2; '
-    assert launched(launcher(noted + kept + LOSE, noted + LOSE, "exit 0"), run_dir, "--restarts", "1") == 137
+    assert launched(launcher(kept + LOSE, LOSE, "exit 0"), run_dir, "--restarts", "1") == 137
     assert lines(tmp_path)[1:] == [f"-n 3 mpidl train --resume {run_dir}", f"-n 3 rm -rf -- {tmp_path / name}"]
     assert not (tmp_path / name).exists()
 
@@ -119,13 +120,43 @@ def test_the_launcher_removes_what_is_kept_where_nobody_else_does(
     assert len(lines(tmp_path)) == 2 + is_removed
 
 
-def test_nothing_is_to_be_kept_without_restarts(launcher: Launcher, run_dir: Path) -> None:
-    assert (
-        launched(
-            launcher('[ -d "$run/ends" ] && [ ! -e "$run/ends/keep.json" ] && ' + FINISH), run_dir, "--restarts", "0"
-        )
-        == 0
-    )
+def test_all_ranks_of_a_launch_and_no_others_are_told_where_to_keep_their_state(
+    launcher: Launcher, run_dir: Path, tmp_path: Path
+) -> None:
+    started = launcher(LOSE, BEGIN + LOSE, FINISH, FINISH)
+    assert [launched(started, run_dir) for _ in range(2)] == [0, 0]
+    told = re.findall(ANNOUNCED, (tmp_path / "lines").read_text())
+    assert [name for name, _, _ in told] == 4 * [local_folder.name_of(run_dir)]
+    keys = [key for _, key, _ in told]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+    assert [is_restart for *_, is_restart in told] == ["0", "0", "1", "0"], "the first start had begun nothing"
+
+
+def test_nothing_is_to_be_kept_without_restarts(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    assert launched(launcher('[ -d "$run/ends" ] && ' + FINISH), run_dir, "--restarts", "0") == 0
+    assert "--announced" not in (tmp_path / "lines").read_text()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_a_rank_that_left_without_a_word_is_named_and_the_training_started_again(
+    code: int, launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.dumps({"rank": 1, "host": "node07", "process": 5, "size": 3, "code": code})
+    leave = f"""{BEGIN} echo '{facts}' >"$run/ends/rank-00001.json"; exit {code}"""
+    assert launched(launcher(leave, leave), run_dir, "--restarts", "1") == (code if code == 1 else EXIT_LOST)
+    assert len(lines(tmp_path)) == 2
+    told = capfd.readouterr().err
+    assert "lost rank 1 on node07; starts again from the beginning" in told
+    assert "lost rank 1 on node07; no restarts are left; mpidl launch -n 3 mpidl train --resume" in told
+
+
+def test_a_rank_that_said_why_it_left_is_not_lost(
+    launcher: Launcher, run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.dumps({"rank": 1, "host": "node07", "process": 5, "size": 3, "has_said": 1, "code": 3})
+    leave = f"""{BEGIN} echo '{facts}' >"$run/ends/rank-00001.json"; exit 3"""
+    assert launched(launcher(leave), run_dir) == 3
+    assert "lost" not in capfd.readouterr().err
 
 
 def test_restarts_without_progress_are_bounded(
@@ -183,8 +214,13 @@ def test_a_file_ranks_that_cannot_be_followed_changes_nothing(
 
 @pytest.mark.parametrize(
     ("sent", "trapped", "code"),
-    [(signal.SIGINT, "USR1", 130), (signal.SIGTERM, "USR1", STOPPED), (signal.SIGUSR1, "USR1", STOPPED)],
-    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
+    [
+        (signal.SIGINT, "USR1", 130),
+        (signal.SIGTERM, "USR1", STOPPED),
+        (signal.SIGUSR1, "USR1", STOPPED),
+        (signal.SIGHUP, "USR1", STOPPED),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1", "SIGHUP"],
 )
 def test_a_signal_ends_the_training_and_restarts_nothing(
     sent: signal.Signals, trapped: str, code: int, launcher: Launcher, run_dir: Path, tmp_path: Path
@@ -197,10 +233,24 @@ def test_a_signal_ends_the_training_and_restarts_nothing(
     assert b"goes on" in told
 
 
-def waiting(launcher: str, run_dir: Path) -> subprocess.Popen[bytes]:
+def test_under_nohup_a_closed_terminal_changes_nothing(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    end = f'{BEGIN} while [ ! -e "{tmp_path}/end" ]; do sleep 0.05; done; {FINISH}'
+    process = waiting(launcher(f"trap 'exit 5' USR1; {end}"), run_dir, on_hangup=signal.SIG_IGN)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    (tmp_path / "end").touch()
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, told
+
+
+def waiting(launcher: str, run_dir: Path, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[bytes]:
     """A process of `mpidl launch` whose training has begun."""
     words = ["launch", "--mpirun", launcher, "mpidl", "train", "--run-dir", str(run_dir)]
-    process = subprocess.Popen([sys.executable, "-m", "mpidl", *words], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpidl", *words],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, on_hangup),  # tests may run under nohup themselves
+    )
     wait_for(run_dir / "config.toml")
     return process
 
@@ -227,11 +277,11 @@ def test_when_it_is_killed_the_launcher_is_asked_to_end(launcher: Launcher, run_
     ("end", "code"),
     [
         (End(2, False, True), 2),
-        (End(11, False, True, rank_codes=[2, -9]), 2),
+        (End(11, False, True, rank_codes=[2, EXIT_LOST]), 2),
         (End(3, False, True), 3),
         (End(STOPPED, False, True), STOPPED),
         (End(130, False, True, asked=signal.SIGINT), 130),
-        (End(139, True, True, rank_codes=[-11]), 0),
+        (End(139, True, True, rank_codes=[EXIT_LOST]), 0),
     ],
     ids=["bad input", "bad input on one rank", "not finite", "stopped", "interrupted", "lost after the end"],
 )

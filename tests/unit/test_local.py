@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mpidl import local_folder
+from mpidl import checkpoint, keeping, local_folder
 from mpidl.checkpoint.local_choice import Choice, Held, choose, covers, newest
 from mpidl.checkpoint.local_format import (
     Common,
@@ -27,7 +28,9 @@ from mpidl.checkpoint.local_format import (
 from mpidl.checkpoint.slots import NUM_SLOTS, Slot
 from mpidl.checkpoint.transfer import checksum
 from mpidl.errors import MALFORMED
+from mpidl.keeping import Keeping
 from mpidl.launching.verdict import MOST_STARTS, Count
+from mpidl.start import Loss, Start
 
 HEADER = Header("k" * 32, "0" * 16, 1, 3, "layout", ("weights", "state.exp_avg"), ((5, 8), (10, 12)), 4096)
 COMMON = Common("0" * 16, 7, {"iteration": 7}, {"layout": "x"}, ["mean"], b"buffers")
@@ -253,22 +256,115 @@ def test_shards_have_to_be_the_whole_vector(runs: list[list[tuple[int, int]]], i
 # --- between `mpidl launch` and its ranks -------------------------------------------------------------------------
 
 
-def test_ranks_find_what_is_announced_and_nothing_else(tmp_path: Path) -> None:
-    assert local_folder.read_announced(tmp_path) is None
+def test_ranks_take_what_is_announced_to_them_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_folder, "announced", None)
     announced = local_folder.announcement(tmp_path)
-    local_folder.announce(announced, tmp_path)
-    assert local_folder.read_announced(tmp_path) == announced
     assert announced.name == local_folder.name_of(tmp_path)
     assert announced.key != local_folder.announcement(tmp_path).key
-    good = dataclasses.asdict(announced)
-    (note,) = tmp_path.iterdir()
+    for told in (announced, dataclasses.replace(announced, is_restart=True)):
+        local_folder.listen(str(told))
+        assert local_folder.announced == told
+    name, key = announced.name, announced.key
     other = f"mpidl-{os.getuid() + 1}-{'0' * 16}"
-    for wrong in ({"name": "../../home"}, {"name": other}, {"key": ""}, {"key": 5}, {"name": announced.name + "/.."}):
-        note.write_text(json.dumps({**good, **wrong}))
-        assert local_folder.read_announced(tmp_path) is None
-    for text in ("", "[]", "null", "{"):
-        note.write_text(text)
-        assert local_folder.read_announced(tmp_path) is None
+    for wrong in (
+        None,
+        "",
+        "/",
+        f"{name}/{key}",
+        f"../{name}/{key}/0",
+        f"{other}/{key}/0",
+        f"{name}//0",
+        f"{name}/{key}/0\n",
+    ):
+        local_folder.listen(wrong)
+        assert local_folder.announced is None
+
+
+class Files:
+    """`LocalFiles` that has nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def clear(self, *, only_of_others: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Keeping]:
+    """The keeping of a course on so many nodes, of a training that `mpidl launch` has started, or nobody."""
+    monkeypatch.setattr(keeping, "LocalFiles", Files)
+    monkeypatch.setattr(local_folder, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(local_folder, "announced", local_folder.announcement(tmp_path))
+    monkeypatch.setattr(checkpoint, "find_in_files", lambda *_: "nothing is kept on the nodes")
+    (tmp_path / "ends").mkdir()
+
+    def made(num_nodes: int, start: Start) -> Keeping:
+        world = SimpleNamespace(rank=0, local_rank=0, num_nodes=num_nodes, broadcast_object=lambda value: value)
+        settings = SimpleNamespace(run_dir=tmp_path, outlives=lambda: True)
+        return Keeping(settings, world, None, start)  # type: ignore[arg-type]
+
+    return made
+
+
+def test_a_training_that_no_launch_has_started_takes_nothing_and_removes_what_was_left(
+    keep: Callable[..., Keeping], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / local_folder.name_of(tmp_path)
+    left.mkdir()
+    assert keep(1, Start(resume=True)).files is not None
+    assert left.exists()
+    monkeypatch.setattr(local_folder, "announced", None)
+    assert keep(1, Start(resume=True)).files is None
+    assert not left.exists()
+
+
+def test_what_lies_on_a_lost_node_is_not_forgotten_by_those_that_go_on(
+    keep: Callable[..., Keeping], tmp_path: Path
+) -> None:
+    local_folder.tell_kept(local_folder.Kept(3, "host", iteration=7), tmp_path / "ends")
+    course = keep(2, Start(loss=Loss(((2, "host2"),), 0.0)))
+    for act in (course.began, course.close):
+        act()
+        kept = local_folder.read_kept(tmp_path / "ends")
+        assert kept is not None
+        assert (kept.num_nodes, kept.iteration) == (3, 7), act
+
+
+@pytest.mark.parametrize("loss", [None, Loss(((1, "host"),), 0.0)], ids=["nothing lost", "a rank lost"])
+def test_ranks_on_all_their_nodes_leave_nothing_there(
+    loss: Loss | None, keep: Callable[..., Keeping], tmp_path: Path
+) -> None:
+    keep(2, Start()).began()
+    course = keep(2, Start(loss=loss))
+    course.began()
+    course.close()
+    kept = local_folder.read_kept(tmp_path / "ends")
+    assert kept is not None
+    assert kept.num_nodes == 0
+
+
+def test_that_nothing_was_kept_is_told_where_something_could_have_been(
+    keep: Callable[..., Keeping], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = SimpleNamespace(newest_iteration=lambda: 3, fits=None)
+    told: list[str] = []
+
+    def find(start: Start) -> None:
+        found = keep(1, start).find(checkpoints, lambda event, **fields: told.append(fields["message"]))  # type: ignore[arg-type]
+        assert found is None
+
+    find(Start(resume=True))
+    assert told == []
+    find(Start(resume=True, loss=Loss((), 0.0)))
+    monkeypatch.setattr(
+        local_folder, "announced", dataclasses.replace(local_folder.announcement(tmp_path), is_restart=True)
+    )
+    find(Start(resume=True))
+    assert told == 2 * ["goes on from the newest checkpoint, after iteration 3: nothing is kept on the nodes"]
 
 
 def test_a_link_is_not_followed_when_a_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,6 +345,14 @@ def test_a_node_whose_only_rank_was_killed_is_told_by_the_lowest_that_is_left(
     assert not (tmp_path / "hang" / "lost-00001.json").exists()
 
 
+def test_ranks_of_a_node_that_were_killed_and_those_that_left_are_told_apart() -> None:
+    told = hang_report.describe_gone("host0", {0: 9, 1: -3, 2: 9, 3: 11})
+    assert (
+        told
+        == "nobody is left on host0: ranks 0, 2 died of signal 9, rank 1 left with code 3, rank 3 died of signal 11"
+    )
+
+
 def test_a_rank_that_is_asked_to_end_after_a_loss_leaves_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
