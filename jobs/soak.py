@@ -111,6 +111,7 @@ def lose_again_and_again(
         timeout=LIMIT_S,
     )  # fmt: skip
     expected, took, killed = (undisturbed / "weights.safetensors").read_bytes(), list[float](), 0
+    repeated = 0
     while killed < kills:
         run_dir = folder / f"run-{killed:03d}"
         times = lose(launcher, run_dir, 1 + (chance.random() < 0.3), chance)
@@ -120,11 +121,13 @@ def lose_again_and_again(
             raise Lost(f"the weights of {run_dir.name} are not those of an undisturbed run")
         killed += len(times)
         took += [seconds for seconds in times if seconds is not None]
+        repeated += sum(event["repeated"] for event in all_events(run_dir, "recovery"))
         told = ", ".join("after its end" if each is None else f"{each:.2f} s" for each in times)
         print(f"{killed}: the undisturbed bits; from kill to the end of the next iteration {told}", flush=True)
         shutil.rmtree(run_dir)
     worst, median = max(took), sorted(took)[len(took) // 2]
     print(f"{killed} ranks killed; median {median:.2f} s, worst {worst:.2f} s ({len(took)} before the training's end)")
+    print(f"{repeated} iterations were done twice")
 
 
 def lose(launcher: list[str], run_dir: Path, number: int, chance: random.Random) -> list[float | None]:

@@ -149,6 +149,21 @@ class Checkpoints:
             self.last, self.last_iteration = path, epoch * self._iterations_per_epoch + more
         return max(0, self.last_iteration)
 
+    @property
+    def begun(self) -> int:
+        """Iterations of the one that was begun last; -1: none was."""
+        return int(self._pending.get("iteration", -1))
+
+    def lacks(self, begun: int, iteration: int) -> bool:
+        """Whether the one that was begun last, before a rank was lost, is not there, and will not be begun again.
+
+        Args:
+            begun: by this rank's `begun` of then; ranks may differ.
+            iteration: where the training goes on.
+        """
+        last = int(self._world.allreduce(np.array([float(begun)]), "max")[0])
+        return self._settings.run_dir is not None and self.newest_iteration() < last <= iteration
+
     def _wait_for_the_one_before(self, iteration: int) -> float:
         assert self._writer is not None
         self.poll()

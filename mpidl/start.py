@@ -38,6 +38,10 @@ class Left:
     drops: NDArray[np.float64]
     newest: tuple[pathlib.Path | None, int]
     """Checkpoint, and its iteration."""
+    begun: int
+    """The iteration of the checkpoint that was begun last, and perhaps not completed; -1: none was."""
+    done: int
+    """Iterations that were done."""
     telemetry: Telemetry | None
     """On rank 0, which stays rank 0 as long as it lives."""
     lost: list[dict[str, Any]]

@@ -95,7 +95,7 @@ def describe_lost(lost: Sequence[tuple[int, str]], iteration: int) -> list[dict[
 
 
 def describe_recovery(
-    lost: Sequence[tuple[int, str]], ranks: int, iteration: int, seconds: float, source: str
+    lost: Sequence[tuple[int, str]], ranks: int, iteration: int, repeated: int, seconds: float, source: str
 ) -> dict[str, Any]:
     """The fields of a "recovery" event, behind which a "start" event follows.
 
@@ -103,6 +103,7 @@ def describe_recovery(
         lost: number, as it was, and host of each rank that was lost.
         ranks: that go on.
         iteration: iterations that are done where they go on.
+        repeated: so many after these had been done before.
         seconds: from when the loss was noticed.
         source: what they go on from.
     """
@@ -114,6 +115,7 @@ def describe_recovery(
         "lost": describe_lost(lost, iteration),
         "ranks": ranks,
         "iteration": iteration,
+        "repeated": repeated,
         "seconds": seconds,
         "source": source,
         "message": message,

@@ -124,10 +124,13 @@ class Training:
         survives, files = settings.survives(world) and replay is None, self._keeping.files
         if survives or files is not None:
             before = None if start.found is None else start.found.before
-            self.memory = checkpoint.Memory(manager, world, before, files)
+            self.memory = checkpoint.Memory(manager, world, before, files, survives=survives)
         self._survives = survives
-        self._first_iteration = self._progress.iteration
+        self._first_iteration = self._settled = self._progress.iteration
+        """And up to where all is done that was due."""
         self._lost: list[dict[str, Any]] = list(left.lost) if left else []
+        self._done_before, self._begun_before = (left.done, left.begun) if left else (0, -1)
+        """How far the course before had come, and its last checkpoint."""
         if start.loss is not None:
             self._lost += describe_lost(start.loss.lost, self._first_iteration)
         group_size = GroupSize(settings.group_size, settings.max_group_seconds)
@@ -224,8 +227,9 @@ class Training:
         """Let go of what a loss has made useless, and leave the rest to the next course. Not collective."""
         self._world.activity.spans.end()  # one rank's part of a trace is of no use
         self._checkpoints.abandon()
+        done = self._progress.iteration
         if self.memory is not None:
-            self.memory.freeze()
+            self.memory.freeze(*((done, self._kept_state()) if done == self._settled else ()))
         if self._plan_log is not None:
             self._plan_log.close()
         for loader in filter(None, (self._loader, self._validation_loader)):
@@ -238,6 +242,8 @@ class Training:
             clock_began=self._executor.began,
             drops=self._executor.drops,
             newest=(self._checkpoints.last, self._checkpoints.last_iteration),
+            begun=self._checkpoints.begun,
+            done=done,
             telemetry=self._telemetry,
             lost=self._lost,
         )
@@ -299,8 +305,13 @@ class Training:
         if self._loss is None:
             return
         seconds = time.perf_counter() - self._loss.noticed
-        told = describe_recovery(self._loss.lost, self._world.size, self._first_iteration, seconds, self._source)
+        first = self._first_iteration
+        repeated = self._done_before - first
+        told = describe_recovery(self._loss.lost, self._world.size, first, repeated, seconds, self._source)
         self._record("recovery", **told)
+        if self._checkpoints.lacks(self._begun_before, first):
+            with self._world.activity.within(activity.CHECKPOINT):
+                self._checkpoints.save(self._progress)
 
     def _warn_of_idle_ranks(self) -> None:
         settings, size = self._settings, self._world.size
@@ -318,8 +329,7 @@ class Training:
     def _run_group(self, plan: GroupPlan) -> GroupPlan | None:
         """Run one group and what is due on its way; returns the next plan, None after the last."""
         if self.memory is not None:
-            state = {**self._checkpoints.describe(self._progress), "summary_sums": self._summary_sums.tolist()}
-            self.memory.keep(self._progress.iteration, state, self._clock)
+            self.memory.keep(self._progress.iteration, self._kept_state(), self._clock)
         try:
             return self._run_iterations(plan)
         except NonFiniteLossError as error:
@@ -330,6 +340,10 @@ class Training:
             self._write_down(plan)
             self._acts.clear()
             self._dropped.clear()
+
+    def _kept_state(self) -> dict[str, Any]:
+        """What is kept with weights and optimizer for the case that ranks are lost."""
+        return {**self._checkpoints.describe(self._progress), "summary_sums": self._summary_sums.tolist()}
 
     def _write_down(self, plan: GroupPlan) -> None:
         """Keep the group as far as it was carried out."""
@@ -363,6 +377,7 @@ class Training:
                 if not is_end:
                     self._reports.gather(plan, index + 1, seconds)
                 return None
+            self._settled = self._progress.iteration
             if self._progress.iteration > self._first_iteration + 1:
                 self._stop_requests.took_iteration(time.perf_counter() - began)
             elif self._triggers.checkpoint is not None:  # the first one compiles, and makes the optimizer's state

@@ -6,11 +6,12 @@ the next node. What is the same on all ranks (buffers, progress) each keeps for 
 start is copied over that of the last but one. Others read them only after a loss, when their owner has died or has met
 the others (`runtime/ulfm.py`).
 
+- *now*: where the state itself can be read after a loss (`live.py`), that is newer than any start, and as good as one.
 - *which*: a rank begins group k + 1 only when all have ended an iteration of group k, so of any two ranks one is at
   most one start ahead, and has passed on all before it: the older of the two newest starts is in a slot of every rank
   and with its buddy. It can be read of all unless a node and the next one are lost together, or the only one.
-- *find*: those who live tell each other what they can read of whom, and take the newest start that somebody can read of
-  every rank of then.
+- *find*: those who live tell each other what they can read of whom, and take the newest start of which all know what is
+  the same on all ranks, and of which somebody can read every rank's image of then.
 - *restore*: everyone takes what belongs to its new shard from the images, as from a checkpoint's files; those of ranks
   on other nodes are broadcast by the lowest rank that can read them.
 
@@ -28,6 +29,7 @@ time, some are left out: the same ones on all ranks, by a clock that came with t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,9 +38,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpidl.checkpoint.live import Live, LiveImage
 from mpidl.checkpoint.local import Images, LocalFiles
 from mpidl.checkpoint.reading import Wanted, install, overlaps, wanted_by
-from mpidl.checkpoint.slots import NUM_SLOTS, Slot, Store
+from mpidl.checkpoint.slots import NONE, NUM_SLOTS, Slot, Store
 from mpidl.checkpoint.snapshot import Compaction
 from mpidl.parameters import ParameterManager
 from mpidl.parameters.layout import Piece, merge_pieces
@@ -63,10 +66,17 @@ class Memory:
         world: all ranks, with their nodes.
         before: of the world before the last loss; kept until this one's own are complete.
         files: where it is to outlive all ranks; None: it need not.
+        survives: whether some ranks may go on where others are lost: then the state itself is to be readable too.
     """
 
     def __init__(
-        self, manager: ParameterManager, world: World, before: Memory | None = None, files: LocalFiles | None = None
+        self,
+        manager: ParameterManager,
+        world: World,
+        before: Memory | None = None,
+        files: LocalFiles | None = None,
+        *,
+        survives: bool = True,
     ) -> None:
         self.before = before
         self.generation: int = 0 if before is None else before.generation + 1
@@ -77,6 +87,8 @@ class Memory:
         self.runs = [_unpadded(manager, manager.runs_of(rank)) for rank in range(world.size)]
         """Each rank's shard: elements [start, stop) of the vector without gaps."""
         self._stores: list[Store] = []
+        self._survives = survives
+        self._live: Live | None = None
         self._num_kept = 0
         self._own: dict[int, tuple[Any, dict[str, torch.Tensor], list[str] | None]] = {}
         """What is the same on all ranks, by iteration."""
@@ -104,7 +116,7 @@ class Memory:
         if self._files is not None and 1 < self._num_kept <= _COLLECTIVE + 1 and self._stores:
             self._files.keep_only([self._stores[-1].series])  # a start of it is complete on all ranks
         if self._num_kept <= _COLLECTIVE:
-            self._arrange(scalars)
+            self._arrange(scalars, iteration)
         if self._stores:
             self._write(self._manager, iteration, state, scalars)
             self._stores[-1].pass_on(self._num_kept % NUM_SLOTS)
@@ -112,11 +124,18 @@ class Memory:
             cost_s = self._world.allreduce(np.array([time.perf_counter() - began]), "max")
             self._interval_s = float(cost_s[0]) / COST_SHARE
 
-    def freeze(self) -> None:
-        """Nothing more is kept, so that the memory of the manager may go. Not collective."""
+    def freeze(self, iteration: int = NONE, state: Any = None) -> None:
+        """Nothing more is kept, so that the manager may go. Not collective.
+
+        Args:
+            iteration: iterations that are done, with all that was due behind the last; NONE: something was left undone.
+            state: as `keep` would be given it now.
+        """
+        if iteration != NONE and self._live is not None and self._manager is not None:
+            self._own[iteration] = state, self._manager.buffer_values(), self._manager.travelling_buffers
         self._manager = None
 
-    def _arrange(self, scalars: Sequence[Mapping[str, Any]]) -> None:
+    def _arrange(self, scalars: Sequence[Mapping[str, Any]], iteration: int) -> None:
         """Have room for the vectors that there are. Collective."""
         world = self._world
         merged = merge_scalars(world.allgather_object(list(scalars)))
@@ -124,12 +143,21 @@ class Memory:
         keys = ["weights", *(f"state.{state}" for state in states)]
         if self._stores and self._stores[-1].keys == keys:
             return
+        assert self._manager is not None, "frozen"
+        if self._survives and self._manager.updates_in_place:
+            with contextlib.suppress(SharedMemoryError):  # on every rank: the starts have to do
+                self._live = Live(self._manager, world, states, len(merged), iteration)
         try:
             self._stores.append(Store(world, keys, self.runs, len(merged), self._files))
         except SharedMemoryError as error:
-            warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
             if self._files is not None:
                 self._files.keep_only([])
+            if self._files is not None and self._survives:
+                warn(f"nothing is kept for a restart, which will take the newest checkpoint: {error}")
+                self._files = None
+                self._arrange(scalars, iteration)  # it needs less room where a file is not needed
+                return
+            warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
             self._has_room = False
             self._stores.clear()
 
@@ -156,13 +184,21 @@ class Memory:
     def held(self) -> dict[int, list[int]]:
         """By rank, the iterations at whose starts this rank can read that one's image, and knows the rest."""
         found: dict[int, list[int]] = {}
+        for rank, iteration in self._live.marks().items() if self._live is not None else ():
+            found.setdefault(rank, []).extend({iteration} & self._own.keys())
         for store in self._stores:
             for rank, slots in store.slots.items():
                 found.setdefault(rank, []).extend(slot.iteration for slot in slots if slot.iteration in self._own)
         return found
 
-    def image(self, rank: int, iteration: int) -> Slot | None:
+    def knows(self) -> list[int]:
+        """The iterations of which this rank knows what is the same on all ranks."""
+        return list(self._own)
+
+    def image(self, rank: int, iteration: int) -> Slot | LiveImage | None:
         """A rank's image, where this one can read it."""
+        if self._live is not None and self._live.marks().get(rank) == iteration:
+            return self._live.image(rank)
         slots = [slot for store in self._stores for slot in store.slots.get(rank, [])]
         return next((slot for slot in slots if slot.iteration == iteration), None)
 
@@ -263,30 +299,33 @@ def find(memory: Memory | None, world: World) -> Found | None:
     while memory is not None:
         chain.append(memory)
         memory = memory.before
-    told: list[dict[int, dict[int, list[int]]]] = world.allgather_object(
-        {each.generation: each.held() for each in chain}
+    told: list[dict[int, tuple[dict[int, list[int]], list[int]]]] = world.allgather_object(
+        {each.generation: (each.held(), each.knows()) for each in chain}
     )
     for each in chain:  # newest first
         if not all(each.generation in other for other in told):
             continue
         own = [other[each.generation] for other in told]
-        holders = _best(own, len(each.runs))
+        known = set[int].intersection(*(set(knows) for _, knows in own))
+        holders = _best([held for held, _ in own], len(each.runs), known)
         if holders is not None:
             return Found(each, *holders)
     return None
 
 
-def _best(told: Sequence[Mapping[int, Sequence[int]]], num_ranks: int) -> tuple[int, dict[int, list[int]]] | None:
+def _best(
+    told: Sequence[Mapping[int, Sequence[int]]], num_ranks: int, known: set[int]
+) -> tuple[int, dict[int, list[int]]] | None:
     """The newest iteration that somebody can read of every rank, and who can read what.
 
     Args:
         told: by rank of now, what it can read: by rank of then, iterations.
         num_ranks: ranks of then.
+        known: iterations of which all know the rest.
     """
-    common = None
+    common = known
     for rank in range(num_ranks):
-        own = {iteration for each in told for iteration in each.get(rank, [])}
-        common = own if common is None else common & own
+        common = common & {iteration for each in told for iteration in each.get(rank, [])}
     if not common:
         return None
     newest = max(common)

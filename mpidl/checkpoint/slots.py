@@ -155,7 +155,7 @@ class Store:
     ) -> None:
         self.keys = list(keys)
         sizes = [sum(stop - start for start, stop in each) for each in runs]
-        head_bytes = _pages(NUMBERS_BYTES + num_groups * _GROUP_BYTES)
+        head_bytes = head_bytes_for(num_groups)
         lengths = [slot_bytes(head_bytes, size, len(keys)) for size in sizes]
         first = world.first_rank_of(world.node)
         self._world, self._buddy = world, buddy_of(world.rank, world.node_sizes)
@@ -199,6 +199,11 @@ def buddy_of(rank: int, node_sizes: Sequence[int]) -> int | None:
     node = bisect.bisect_right(firsts, rank) - 1
     after = (node + 1) % len(node_sizes)
     return firsts[after] + (rank - firsts[node]) % node_sizes[after]
+
+
+def head_bytes_for(num_groups: int) -> int:
+    """What a slot has before its vectors, for an optimizer of so many param groups."""
+    return _pages(NUMBERS_BYTES + num_groups * _GROUP_BYTES)
 
 
 def slot_bytes(head_bytes: int, size: int, num_vectors: int) -> int:

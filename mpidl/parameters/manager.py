@@ -468,6 +468,12 @@ class ParameterManager:
         for each in self._sync.slices:
             yield each.offset, self._sync.route.own_weights(each)
 
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether the node's weights are what the optimizers update, not a rounded copy of it."""
+        route = self._sync.route
+        return not isinstance(route, Pipeline) or route.masters is None
+
     def shard_weights(self) -> NDArray[np.float32]:
         """A copy of this rank's shard of the weights, float32, (shard size,), as the optimizer has them."""
         return np.concatenate([np.empty(0, np.float32), *(values for _, values in self.shard_weight_pieces())])

@@ -252,7 +252,7 @@ class Synchronizer:
 
     def _update_in_cache(self, update: ShardOptimizer, assignment: Assignment, weight: float) -> None:
         """Phase 3 run by run of slices: each is added up, or divided, and updated before the next; bucket by bucket."""
-        with self._publishing(assignment, weight) as publish:
+        with self._publishing(assignment, weight) as publish, update.updating():
             if not self.slices:
                 update.step(0, 0)  # torch's schedulers want to see a step
             for bucket in reversed(self.route.order):
@@ -267,7 +267,7 @@ class Synchronizer:
         for index in range(len(self.slices)):
             self._mean(index, weight)
         factor = 1.0 if self._clipping.norm is None else self._clipping.factor(self._norm_before_update())
-        with self._publishing(assignment, weight):
+        with self._publishing(assignment, weight), update.updating():
             if factor != 1.0:
                 for each in self.slices:
                     self.route.own_gradient(each)[:] *= np.float32(factor)

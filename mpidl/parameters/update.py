@@ -9,11 +9,12 @@ where everyone reads. State (momentum, moments) exists on the owner only: 1/worl
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,19 @@ OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 
 ELEMENT_WISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
 """The optimizers of torch.optim that treat every element alike."""
+
+
+class Home(Protocol):
+    """Memory for the element-wise state, which is told when that changes."""
+
+    vectors: Mapping[str, Float32Array]
+    """By the state's name: (shard size,)."""
+
+    def open(self) -> None:
+        """An update begins."""
+
+    def close(self) -> None:
+        """It has ended, and all state is here."""
 
 
 class ShardOptimizer:
@@ -61,6 +75,7 @@ class ShardOptimizer:
         self.shard_size = sum(each.size for each in slices)
         self.num_slices = len(slices)
         self._slices = slices
+        self._home: Home | None = None
         parts = []
         for _, names in groups:
             runs = merge_pieces(padded_runs(layout, names))
@@ -107,6 +122,33 @@ class ShardOptimizer:
             for group, tensors in zip(self.optimizer.param_groups, self._tensors, strict=True):
                 group["params"] = tensors
 
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around all steps of an iteration: the home's content is complete before and after, not within."""
+        home = self._home
+        if home is not None:
+            home.open()
+        yield
+        if home is not None and self.is_in(home):
+            home.close()
+
+    def move_into(self, home: Home) -> None:
+        """Let the element-wise state, if float32, be in this memory, where torch's optimizers update it in place."""
+        for part in itertools.chain(*self._parts):
+            state = self.optimizer.state.get(part.tensor, {})
+            for key, value in _element_wise(state):
+                if value.dtype == torch.float32:
+                    state[key] = torch.from_numpy(home.vectors[key][part.own]).copy_(value)
+        self._home = home
+
+    def is_in(self, home: Home) -> bool:
+        """Whether all state is in its home: an optimizer may make it anew, or more of it."""
+        return all(
+            key in home.vectors and value.data_ptr() == home.vectors[key][part.own].ctypes.data
+            for part in itertools.chain(*self._parts)
+            for key, value in _element_wise(self.optimizer.state.get(part.tensor, {}))
+        )
+
     @property
     def has_hooks(self) -> bool:
         """Whether the user gave the optimizer hooks, which may want to see the whole shard at once."""
@@ -139,9 +181,8 @@ class ShardOptimizer:
     def state_pieces(self) -> Iterator[tuple[str, int, Float32Array]]:
         """The element-wise state piece by piece: (name, where it begins in the shard, values), nothing copied."""
         for part in itertools.chain(*self._parts):
-            for key, value in self.optimizer.state.get(part.tensor, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() == 1:
-                    yield key, part.own.start, value.detach().numpy()
+            for key, value in _element_wise(self.optimizer.state.get(part.tensor, {})):
+                yield key, part.own.start, value.detach().numpy()
 
     def scalars(self) -> list[dict[str, Any]]:
         """Per group: which element-wise state exists and the scalar state, as plain JSON values.
@@ -155,7 +196,7 @@ class ShardOptimizer:
         if not state:
             return {}
         return {
-            "arrays": sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 1),
+            "arrays": sorted(key for key, _ in _element_wise(state)),
             "scalars": {
                 k: v.item() if isinstance(v, torch.Tensor) else v
                 for k, v in state.items()
@@ -220,6 +261,11 @@ def goes_by_slices(factory: OptimizerFactory) -> bool:
     except Exception:  # what is wrong with it is told where it is made
         return False
     return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _element_wise(state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """The entries of a tensor's state that have a value for each of its elements."""
+    return [(key, value) for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() == 1]
 
 
 def _is_scalar_tensor(value: Any) -> bool:

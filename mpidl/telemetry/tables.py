@@ -112,7 +112,7 @@ def of_start(fields: Fields) -> list[tuple[str, str]]:
         ("run directory", str(fields["run_dir"] or "none: nothing is kept")),
     ]  # fmt: skip
     if fields.get("recovery"):
-        rows.append(("lost ranks", "the others go on, from the start of the group (recovery)"))
+        rows.append(("lost ranks", "the others go on, in memory (recovery)"))
     if fields.get("slurm"):
         rows.append(("Slurm", str(fields["slurm"])))
     if fields.get("seconds_left") is not None:

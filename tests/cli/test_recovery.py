@@ -87,6 +87,36 @@ def test_a_loss_changes_no_bit(losses: str, undisturbed: bytes, tmp_path: Path) 
     assert (run_dir / "FINISHED").read_text() == f"{NUM_ITERATIONS} iterations\n"
 
 
+def test_a_checkpoint_that_a_loss_has_left_incomplete_is_written_anew(undisturbed: bytes, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    ended = train(run_dir, "2@begin+:1").check()
+    assert (run_dir / "weights.safetensors").read_bytes() == undisturbed, ended.output
+    assert [event["iteration"] for event in events(run_dir, "checkpoint")] == [9, 18, NUM_ITERATIONS], ended.output
+
+
+@pytest.mark.parametrize(
+    ("losses", "nodes", "iterations", "repeated"),
+    [
+        ("2@iterate:7", "1", [6], 0),
+        ("2@iterate:7", "2", [6], 0),
+        ("1@synchronize:7 0@synchronize+:8", "1", [6, 8], 0),
+        ("3@update:7", "1", [4], 2),
+        ("2@iterate:3", "1", [0], 2),
+    ],
+    ids=["on one node", "on two", "one in the first group after a loss", "a shard torn", "before the state has a home"],
+)
+def test_what_was_done_and_can_be_read_is_not_done_again(
+    losses: str, nodes: str, iterations: list[int], repeated: int, undisturbed: bytes, tmp_path: Path
+) -> None:
+    """Groups of four: the second one begins behind iteration 4, and with it state can be read as it is."""
+    run_dir = tmp_path / "run"
+    ended = train(run_dir, losses, env={"MPIDL_EMULATED_NODES": nodes}).check()
+    assert (run_dir / "weights.safetensors").read_bytes() == undisturbed, ended.output
+    told = events(run_dir, "recovery")
+    assert [event["iteration"] for event in told] == iterations, ended.output
+    assert sum(event["repeated"] for event in told) == repeated, ended.output
+
+
 @pytest.mark.parametrize(
     ("losses", "nodes", "source", "iteration"),
     [

@@ -46,17 +46,22 @@ def test_scalars_that_have_no_room_leave_the_slot_incomplete() -> None:
 def test_the_newest_start_is_taken_that_can_be_read_of_every_rank() -> None:
     # Rank 1 of three has died a start behind; two live, and both can read all of them.
     told = [{0: [10, 15], 1: [5, 10], 2: [10, 15]}] * 2
-    assert memory._best(told, 3) == (10, {0: [0, 1], 1: [0, 1], 2: [0, 1]})
+    assert memory._best(told, 3, {5, 10, 15}) == (10, {0: [0, 1], 1: [0, 1], 2: [0, 1]})
 
 
 def test_an_image_is_read_by_those_that_can() -> None:
     told = [{0: [10, 15], 1: [10, 15]}, {2: [15, 10], 3: [10, 15]}]  # two nodes of two ranks; one of each lives
-    assert memory._best(told, 4) == (15, {0: [0], 1: [0], 2: [1], 3: [1]})
+    assert memory._best(told, 4, {10, 15}) == (15, {0: [0], 1: [0], 2: [1], 3: [1]})
+
+
+def test_what_some_do_not_know_all_of_is_not_taken() -> None:
+    told = [{0: [10, 15, 17], 1: [10, 15, 17]}] * 2  # one rank has ended all that was due behind iteration 17
+    assert memory._best(told, 2, {10, 15}) == (15, {0: [0, 1], 1: [0, 1]})
 
 
 @pytest.mark.parametrize("told", [[{0: [10, 15]}], [{0: [15], 1: [10]}], [{}], []])
 def test_nothing_is_found_where_a_shard_is_lost(told: list[dict[int, list[int]]]) -> None:
-    assert memory._best(told, 2) is None
+    assert memory._best(told, 2, {10, 15}) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_a_rank_that_another_has_ended_leaves_with_its_code_and_says_nothing(
     ],
 )
 def test_a_loss_is_told_with_who_where_and_how_long(lost: tuple[tuple[int, str], ...], ranks: int, said: str) -> None:
-    told = describe_recovery(lost, ranks, 40, 0.25, "memory")
+    told = describe_recovery(lost, ranks, 40, 2, 0.25, "memory")
     assert told["message"] == said
     assert [each["host"] for each in told["lost"]] == [host for _, host in lost]
 

@@ -18,6 +18,7 @@ from mpidl import cli, recovery
 from mpidl.checkpoint import Memory, Writer
 from mpidl.checkpoint.slots import Store
 from mpidl.parameters import ParameterManager
+from mpidl.parameters.update import ShardOptimizer
 from mpidl.progress import Checkpoints
 from mpidl.runtime import ulfm
 from mpidl.scheduling import Executor
@@ -27,6 +28,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "iterate": (Executor, "iterate"),
     "compute": (ParameterManager, "begin_partition"),
     "synchronize": (ParameterManager, "synchronize"),
+    "update": (ShardOptimizer, "step"),
     "keep": (Memory, "keep"),
     "close": (Memory, "_write"),
     "pass_on": (Store, "pass_on"),
