@@ -1,7 +1,7 @@
 """A training that outlives its ranks: what goes on when some are lost is the same training, on those that are left.
 
-A course (`Training`) keeps its state in memory whenever a group begins (`checkpoint/memory.py`), and what it has now can
-mostly be read as well (`checkpoint/live.py`). When a rank is lost:
+A course (`Training`) keeps its state in memory whenever a group begins (`checkpoint/memory.py`), and what it has now
+can mostly be read as well (`checkpoint/live.py`). When a rank is lost:
 
 1. *meet*: each rank that lives comes to its next call of MPI, which fails, and all meet (`runtime/ulfm.py`). Where one
    has met to end the job, all leave.
@@ -9,8 +9,8 @@ mostly be read as well (`checkpoint/live.py`). When a rank is lost:
    checkpoint is finished first; whether that checkpoint is published is not known, and does not matter: it is whole, or
    the next course clears it away. Loaders, clocks and the memory stay.
 3. *restart*: a new world of those that live, with new communicators, and new shared memory as it is needed.
-4. *find* the newest state of which all can be read: behind the last iteration, else at the start of a group, else in the
-   newest checkpoint.
+4. *find* the newest state of which all can be read: behind the last iteration, else at the start of a group, else in
+   the newest checkpoint.
 5. *go on*: a new course begins there, as one that is resumed on fewer ranks: partitions are dealt out and shards cut
    anew, and since the result depends on the partitions only, its bits are those of an undisturbed run. The
    lowest rank that lives is rank 0 now, the coordinator, and records. A checkpoint that was begun and is not there is
