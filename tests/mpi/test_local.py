@@ -14,7 +14,7 @@ import torch
 
 import mpidl
 from mpidl import local_folder
-from mpidl.checkpoint import Found, LocalFiles, Memory, find_in_files
+from mpidl.checkpoint import Found, LocalFiles, Memory, find, find_in_files
 from mpidl.local_folder import Announced
 from mpidl.runtime import World, run_on_first
 from tests.mpi.cases import ADAMW, NESTEROV, made, normalised
@@ -236,9 +236,12 @@ def test_files_of_the_start_before_stay_until_all_have_new_ones_and_nothing_is_l
     manager.close()
 
 
+@pytest.mark.parametrize("survives", [False, True])
 def test_without_room_training_goes_on_without_files(
-    world: World, key: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: World, key: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], survives: bool
 ) -> None:
+    """Where ranks may be lost one by one, they keep it in memory instead."""
+
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -246,15 +249,17 @@ def test_without_room_training_goes_on_without_files(
     files = LocalFiles(world, announced(key, world.node), manager)
     with monkeypatch.context() as patch:
         if world.rank == world.size - 1:
-            patch.setattr(os, "posix_fallocate", full)
-        memory = Memory(manager, world, files=files)
+            patch.setattr("mpidl.checkpoint.local.create", full)
+        memory = Memory(manager, world, files=files, survives=survives)
         for iteration in range(3):
             memory.keep(iteration, {"iteration": iteration}, now=1000.0 * iteration)
             step(manager, iteration)
     world.barrier()
     assert not list(folder_of(world.node).iterdir())
     told = capfd.readouterr().err
-    assert told.count("no room to keep") == (world.rank == 0)
+    said = "nothing is kept for a restart" if survives else "no room to keep"
+    assert told.count("mpidl: ") == told.count(said) == (world.rank == 0)
+    assert (find(memory, world) is not None) == survives
     world.barrier()
     files.close()
     manager.close()
