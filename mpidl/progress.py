@@ -162,7 +162,8 @@ class Checkpoints:
             iteration: where the training goes on.
         """
         last = int(self._world.allreduce(np.array([float(begun)]), "max")[0])
-        return self._settings.run_dir is not None and self.newest_iteration() < last <= iteration
+        lacks: bool = self._world.broadcast_object(self.newest_iteration() < last <= iteration)
+        return self._settings.run_dir is not None and lacks
 
     def _wait_for_the_one_before(self, iteration: int) -> float:
         assert self._writer is not None

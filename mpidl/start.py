@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpidl.checkpoint import Found
 from mpidl.data import Loader
-from mpidl.scheduling import Recording
+from mpidl.scheduling import Group, Recording
 from mpidl.telemetry import Telemetry
 
 
@@ -42,6 +42,8 @@ class Left:
     """The iteration of the checkpoint that was begun last, and perhaps not completed; -1: none was."""
     done: int
     """Iterations that were done."""
+    groups: list[Group]
+    """The last ones, as far as they were carried out."""
     telemetry: Telemetry | None
     """On rank 0, which stays rank 0 as long as it lives."""
     lost: list[dict[str, Any]]

@@ -167,6 +167,8 @@ class Training:
         """What was done in this group: iterations that were done, and the action."""
         self._dropped: list[tuple[int, tuple[int, ...]]] = []
         """And what was dropped: iterations that were done, and the last one's partitions."""
+        self._groups: list[Group] = left.groups if left else []
+        """The last two that have ended, by a loss too."""
         self._plan_log: PlanLog | None = None
         self.stopped: str | None = None
         """Why it ended before its time; None: it did not."""
@@ -242,7 +244,8 @@ class Training:
             clock_began=self._executor.began,
             drops=self._executor.drops,
             newest=(self._checkpoints.last, self._checkpoints.last_iteration),
-            begun=self._checkpoints.begun,
+            begun=max(self._checkpoints.begun, self._begun_before),
+            groups=self._groups,
             done=done,
             telemetry=self._telemetry,
             lost=self._lost,
@@ -290,6 +293,9 @@ class Training:
             settings, epochs = self._settings, self._triggers.epochs
             header = make_header(settings, self._world, self._num_samples, epochs)
             self._plan_log = PlanLog(self._settings.run_dir, header)
+            for group in self._groups:  # who was rank 0 may have been lost before it had written what is not repeated
+                if group.plan.first_iteration < self._first_iteration:
+                    self._plan_log.write(group.cut(self._first_iteration))
         if not self._settings.model.training:
             self._settings.model.train()
         if not self._is_over():
@@ -337,6 +343,7 @@ class Training:
             self._fail(error)
             raise
         finally:
+            self._groups = [*self._groups[-1:], self._carried_out(plan)]
             self._write_down(plan)
             self._acts.clear()
             self._dropped.clear()
@@ -349,8 +356,10 @@ class Training:
         """Keep the group as far as it was carried out."""
         if self._plan_log is not None:
             with self._coordination.timed():
-                done = self._progress.iteration - plan.first_iteration
-                self._plan_log.write(Group(plan, done, tuple(self._acts), tuple(self._dropped)))
+                self._plan_log.write(self._carried_out(plan))
+
+    def _carried_out(self, plan: GroupPlan) -> Group:
+        return Group(plan, self._progress.iteration - plan.first_iteration, tuple(self._acts), tuple(self._dropped))
 
     def _run_iterations(self, plan: GroupPlan) -> GroupPlan | None:
         following = None

@@ -13,7 +13,7 @@ segment that the other ranks of its node can read, and there its optimizer updat
   as a rank died while it updated, say, it goes on from the start that was kept.
 
 Not for a wire that rounds: there weights that nobody else can read are what is updated. Where optimizers make state
-anew, or more of it, the mark stays NONE until the next start.
+anew, or more of it, the mark stays NONE, and the starts have to do.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mpidl.checkpoint.slots import Slot, head_bytes_for, slot_bytes
 from mpidl.checkpoint.snapshot import Compaction
 from mpidl.parameters import ParameterManager
+from mpidl.parameters.update import ShardOptimizer
 from mpidl.runtime import World, share
 
 Float32Array = NDArray[np.float32]
@@ -68,7 +69,8 @@ class Live:
     ) -> None:
         self.states = list(states)
         self._layout, self._weights = manager.layout, manager.weights
-        self._optimizer, self._iteration = manager.shard_optimizer, iteration
+        self._optimizer: ShardOptimizer | None = manager.shard_optimizer
+        self._iteration = iteration
         first, head_bytes = world.first_rank_of(world.node), head_bytes_for(num_groups)
         ranks = range(first, first + world.local_size)
         self._runs = {rank: manager.runs_of(rank) for rank in ranks}
@@ -92,7 +94,12 @@ class Live:
 
     def close(self) -> None:
         """It has been."""
+        assert self._optimizer is not None, "frozen"
         self._own.close(self._iteration, self._optimizer.scalars())
+
+    def freeze(self) -> None:
+        """Nothing is updated any more: let go of the optimizer, which has memory of others."""
+        self._optimizer = None
 
     def marks(self) -> dict[int, int]:
         """By rank of this node, how many iterations its shard has; NONE: it is torn, or not all here."""

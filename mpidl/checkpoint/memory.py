@@ -131,9 +131,13 @@ class Memory:
             iteration: iterations that are done, with all that was due behind the last; NONE: something was left undone.
             state: as `keep` would be given it now.
         """
-        if iteration != NONE and self._live is not None and self._manager is not None:
-            self._own[iteration] = state, self._manager.buffer_values(), self._manager.travelling_buffers
-        self._manager = None
+        manager, self._manager = self._manager, None
+        if manager is None or self._live is None:
+            return
+        # With another mark this rank has updated since, and its buffers may be those of then.
+        if iteration not in self._own and self._live.marks()[self._world.rank] == iteration:
+            self._own[iteration] = state, manager.buffer_values(), manager.travelling_buffers
+        self._live.freeze()
 
     def _arrange(self, scalars: Sequence[Mapping[str, Any]], iteration: int) -> None:
         """Have room for the vectors that there are. Collective."""
@@ -143,10 +147,6 @@ class Memory:
         keys = ["weights", *(f"state.{state}" for state in states)]
         if self._stores and self._stores[-1].keys == keys:
             return
-        assert self._manager is not None, "frozen"
-        if self._survives and self._manager.updates_in_place:
-            with contextlib.suppress(SharedMemoryError):  # on every rank: the starts have to do
-                self._live = Live(self._manager, world, states, len(merged), iteration)
         try:
             self._stores.append(Store(world, keys, self.runs, len(merged), self._files))
         except SharedMemoryError as error:
@@ -158,8 +158,13 @@ class Memory:
                 self._arrange(scalars, iteration)  # it needs less room where a file is not needed
                 return
             warn(f"no room to keep what a lost rank would take: {error}; then the newest checkpoint has to do")
-            self._has_room = False
+            self._has_room, self.before = False, None
             self._stores.clear()
+            return
+        assert self._manager is not None, "frozen"
+        if self._survives and self._manager.updates_in_place:
+            with contextlib.suppress(SharedMemoryError):  # on every rank: the starts have to do
+                self._live = Live(self._manager, world, states, len(merged), iteration)
 
     def _write(
         self, manager: ParameterManager, iteration: int, state: Any, scalars: Sequence[Mapping[str, Any]]

@@ -133,11 +133,11 @@ class ShardOptimizer:
             home.close()
 
     def move_into(self, home: Home) -> None:
-        """Let the element-wise state, if float32, be in this memory, where torch's optimizers update it in place."""
+        """Let the element-wise state be in this memory, as far as it fits; torch's optimizers update it in place."""
         for part in itertools.chain(*self._parts):
             state = self.optimizer.state.get(part.tensor, {})
             for key, value in _element_wise(state):
-                if value.dtype == torch.float32:
+                if value.dtype == torch.float32 and value.shape == part.tensor.shape:
                     state[key] = torch.from_numpy(home.vectors[key][part.own]).copy_(value)
         self._home = home
 

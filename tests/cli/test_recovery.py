@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mpidl.errors import EXIT_LOST
+from mpidl.scheduling import read_recording
 from tests.cli.processes import MARK
 from tests.launch import Completed, is_open_mpi, launch
 
@@ -21,7 +22,8 @@ pytestmark = [
 ]
 
 COMMAND = [
-    sys.executable, "-m", "tests.cli.jobs.losing", "train", "--data", "digits", "--optimizer", "adamw", "--lr", "0.001",
+    sys.executable, "-m", "tests.cli.jobs.losing", "train", "--data", "digits", "--model",
+    "tests.cli.jobs.parts:NoisyNet", "--optimizer", "adamw", "--lr", "0.001",
     "--batch-size", "64", "--partitions", "8", "--threads-per-rank", "1", "--epochs", "1", "--group-size", "4",
     "--checkpoint-every", "iterations(9)",
 ]  # fmt: skip
@@ -101,9 +103,17 @@ def test_a_checkpoint_that_a_loss_has_left_incomplete_is_written_anew(undisturbe
         ("2@iterate:7", "2", [6], 0),
         ("1@synchronize:7 0@synchronize+:8", "1", [6, 8], 0),
         ("3@update:7", "1", [4], 2),
+        ("3@update:5", "2", [4], 0),
         ("2@iterate:3", "1", [0], 2),
     ],
-    ids=["on one node", "on two", "one in the first group after a loss", "a shard torn", "before the state has a home"],
+    ids=[
+        "on one node",
+        "on two",
+        "one in the first group after a loss",
+        "a shard torn",
+        "a shard torn in the first iteration behind a start, where the other node has more",
+        "before the state has a home",
+    ],
 )
 def test_what_was_done_and_can_be_read_is_not_done_again(
     losses: str, nodes: str, iterations: list[int], repeated: int, undisturbed: bytes, tmp_path: Path
@@ -115,6 +125,7 @@ def test_what_was_done_and_can_be_read_is_not_done_again(
     told = events(run_dir, "recovery")
     assert [event["iteration"] for event in told] == iterations, ended.output
     assert sum(event["repeated"] for event in told) == repeated, ended.output
+    assert sum(group.done for group in read_recording(run_dir).groups) == NUM_ITERATIONS
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,26 @@ def test_what_is_not_whole_is_not_taken(world: World, optimizer: OptimizerFactor
     assert found.iteration == found.state["iteration"] == KEPT
 
 
+def test_what_was_kept_is_not_mixed_with_what_came_after(world: World) -> None:
+    """A rank that has updated, but does not know yet that all have, is at the start still, with buffers of later."""
+    manager = mpidl.ParameterManager(made(normalised), ADAMW, world=world)
+    memory = Memory(manager, world)
+    for iteration in range(KEPT + 1):
+        memory.keep(iteration, {"iteration": iteration}, now=1000.0 * iteration)
+        weights = {name: value.clone() for name, value in manager.model.state_dict().items()}
+        state = manager.state_dict()
+        step(manager, iteration)
+    memory.freeze(KEPT, {"iteration": KEPT})
+    manager.close()
+    found = find(memory, world)
+    assert found is not None
+    assert found.iteration == KEPT
+    manager = mpidl.ParameterManager(made(normalised, seed=2), ADAMW, world=world)
+    found.restore(manager, world)
+    check(manager, weights, state)
+    manager.close()
+
+
 def test_weights_that_nobody_else_can_read_are_not_taken(world: World) -> None:
     if world.size == 1:
         pytest.skip("one rank is one node")
