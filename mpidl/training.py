@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpidl import checkpoint
+from mpidl import checkpoint, local_folder
 from mpidl.config import FINISHED
 from mpidl.data import Loader, Source
 from mpidl.errors import CheckpointError, MpidlError, NonFiniteLossError
@@ -535,7 +535,9 @@ class Training:
             if self._checkpoints.last_iteration != self._progress.iteration:
                 self._save(plan)
             self._finish_checkpoints()
-            kept = f"go on with resume=True, or mpidl train --resume {self._settings.run_dir}"
+            kept = f"mpidl train --resume {self._settings.run_dir} goes on (in Python: resume=True)"
+            if local_folder.announced is not None:
+                kept = "a checkpoint has all of it"  # mpidl launch says what comes next
         self._stop_requests.obeyed()
         self.stopped = f"{reason} stopped all ranks after iteration {self._progress.iteration}; {kept}"
 

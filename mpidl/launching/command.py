@@ -14,6 +14,8 @@ from mpidl.errors import ConfigError
 from mpidl.launching.flags import Training
 from mpidl.runtime.launch import mpirun
 
+_LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "srun")
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -71,6 +73,11 @@ def make(launcher: str | None, words: Sequence[str], read: Callable[[Sequence[st
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The program and its arguments behind `train`."""
     at = list(words).index("train") if "train" in words else 0
+    if at and pathlib.PurePath(words[0]).name in _LAUNCHERS:
+        raise ConfigError(
+            f"mpidl launch starts {words[0]} itself: mpidl launch -n 4 --mpirun {words[0]} mpidl train JOB.toml, not "
+            f"{shlex.join(words)!r}"
+        )
     if not at or pathlib.PurePath(words[at - 1]).name != "mpidl":
         given = f"not {shlex.join(words)!r}" if words else "which is missing"
         raise ConfigError(f"mpidl launch starts a training: mpidl launch -n 4 mpidl train JOB.toml, {given}")

@@ -317,6 +317,7 @@ def test_progress_is_a_new_checkpoint() -> None:
         ([], "which is missing"),
         (["python", "train.py"], "mpidl launch starts a training"),
         (["mpidl", "evaluate", "runs/digits"], "mpidl launch starts a training"),
+        (["mpirun", "-n", "2", "mpidl", "train"], "mpidl launch starts mpirun itself: .* --mpirun mpirun mpidl train"),
         (["mpidl", "train", "--epochz", "3"], "did you mean --epochs"),
         (["mpidl", "train", "--replay", "runs/digits"], "cannot start a replay again"),
         (["mpidl", "train", "--resume", "nowhere"], "is not a run directory"),
