@@ -29,7 +29,8 @@ from torch import nn
 from mpidl.models import build
 
 EVERY = 10
-LIMIT_S = 300.0
+LIMIT_S = 60.0
+"""For iterations after a start or a kill."""
 SETTINGS = [
     "--batch-size", "64", "--optimizer", "adamw", "--lr", "0.001", "--threads-per-rank", "1", "--epochs", "100000",
     "--checkpoint-every", f"iterations({EVERY})", "--group-size", "1", "--validate-every", "0",
@@ -115,7 +116,9 @@ def wait(job: subprocess.Popen[bytes], folder: Path, since: float, number: int) 
         if len(found) >= number:
             return found[number - 1]
         time.sleep(0.02)
-    raise SystemExit(f"no more iterations; see {folder.parent / 'log'}")
+    said = (folder.parent / "log").read_text().splitlines()
+    found = [line for line in said if "Error" in line]
+    raise TimeoutError(f"no iteration in {LIMIT_S:g} s; it said: {found[-1][:200] if found else said[-1:]}")
 
 
 def main() -> None:
@@ -138,7 +141,11 @@ def main() -> None:
                     __file__, "worker", str(folder),
                 ]  # fmt: skip
             print(name, flush=True)
-            told = kill_again_and_again(command, folder, given.kills, random.Random(given.seed))
+            try:
+                told = kill_again_and_again(command, folder, given.kills, random.Random(given.seed))
+            except TimeoutError as error:
+                print(f"{name}: does not go on: {error}", flush=True)
+                continue
             seconds = [each for each, _ in told]
             again = f"{sum(again for _, again in told)} iterations done twice"
             took = f"median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s"
