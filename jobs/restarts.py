@@ -10,6 +10,7 @@ iterations were done twice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -104,6 +105,9 @@ def kill_again_and_again(
                 told.append((moment - killed_at, before - done + 1))
                 print(f"  {told[-1][0]:.2f} s, {told[-1][1]} iterations done twice", flush=True)
         finally:
+            job.terminate()  # so that it leaves nothing behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(timeout=LIMIT_S)
             soak.end(job)
     return told
 
