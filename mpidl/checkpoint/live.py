@@ -9,8 +9,9 @@ segment that the other ranks of its node can read, and there its optimizer updat
   scalars are written before the mark.
 - *which*: nobody updates in an iteration before all have computed it, and nobody begins the next one before all have
   updated. So where all marks say k, and each rank that lives has done all that was due behind iteration k, the shards
-  are what they were then, and the weights of each node are whole: the training goes on from there. Where they do not,
-  as a rank died while it updated, say, it goes on from the start that was kept.
+  are what they were then, and the weights of each node are whole: the training goes on from there. Where they do not
+  (a rank died while it updated, or another one had not come through with what was due, a report or a plan), it goes on
+  from the start that was kept.
 
 Not for a wire that rounds: there weights that nobody else can read are what is updated. Where optimizers make state
 anew, or more of it, the mark stays NONE, and the starts have to do.
@@ -67,7 +68,6 @@ class Live:
     def __init__(
         self, manager: ParameterManager, world: World, states: Sequence[str], num_groups: int, iteration: int
     ) -> None:
-        self.states = list(states)
         self._layout, self._weights = manager.layout, manager.weights
         self._optimizer: ShardOptimizer | None = manager.shard_optimizer
         self._iteration = iteration
