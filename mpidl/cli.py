@@ -190,8 +190,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     trainer, _, validation_set = job.build_trainer(config)
     if validation_set is None:
         raise ConfigError(f"the data set {config.data} has no validation samples to evaluate on")
-    weights = parsed.weights or parsed.run_dir
-    trainer.load(weights)
+    weights = trainer.load(parsed.weights or parsed.run_dir)
     found = trainer.evaluate(validation_set)
     if world.rank == 0:
         rows = [(name, tables.measure(name, value)) for name, value in found.items()]
@@ -205,15 +204,14 @@ def export(parsed: argparse.Namespace) -> None:
     from mpidl import checkpoint
 
     run_dir = Path(parsed.run_dir)
-    weights = checkpoint.load_weights(run_dir, epoch=parsed.checkpoint)
+    source, weights = checkpoint.find_weights(run_dir, epoch=parsed.checkpoint)
     name = "weights" if parsed.checkpoint is None else f"weights-{parsed.checkpoint}"
     output = Path(parsed.output) if parsed.output else run_dir / f"{name}.safetensors"
     checkpoint.save_weights(weights, output)
-    print(f"{len(weights)} tensors written to {output}")
+    print(f"{len(weights)} tensors of {source} written to {output}")
     if parsed.optimizer_state:
-        checkpoint.save_optimizer(
-            checkpoint.load_optimizer(run_dir, epoch=parsed.checkpoint), Path(parsed.optimizer_state)
-        )
+        state = checkpoint.load_optimizer(source if source.is_dir() else run_dir)
+        checkpoint.save_optimizer(state, Path(parsed.optimizer_state))
         print(f"the optimizer's state written to {parsed.optimizer_state}")
 
 

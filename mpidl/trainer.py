@@ -269,17 +269,21 @@ class Trainer:
         with self._settings.open_validation_loader(source) as loader:
             return self._settings.evaluate(self.world, source, loader)
 
-    def load(self, path: str | pathlib.Path) -> None:
+    def load(self, path: str | pathlib.Path) -> pathlib.Path:
         """Take weights from a run directory, a checkpoint or a safetensors file.
+
+        Returns:
+            The file or checkpoint that was read.
 
         Raises:
             CheckpointError, LayoutError: on every rank: there are none, or they do not fit the model.
         """
-        state: dict[str, torch.Tensor] = {}
+        source, state = pathlib.Path(path), dict[str, torch.Tensor]()
         with self.world.agreed(f"reading {path}"):
             if self.world.rank == 0:
-                state = checkpoint.load_weights(path)
+                source, state = checkpoint.find_weights(path)
         self._open_manager().load_weights(state)
+        return pathlib.Path(self.world.broadcast_object(source))
 
     def close(self) -> None:
         """Give the model private weights back and free the shared memory."""

@@ -4,7 +4,7 @@ from mpidl.checkpoint.files import CHECKPOINTS, Keep, checkpoint_path, list_chec
 from mpidl.checkpoint.local import LocalFiles
 from mpidl.checkpoint.memory import Found, Memory, find, find_in_files
 from mpidl.checkpoint.reading import load
-from mpidl.checkpoint.weights import WEIGHTS, load_optimizer, load_weights, save_optimizer, save_weights
+from mpidl.checkpoint.weights import WEIGHTS, find_weights, load_optimizer, load_weights, save_optimizer, save_weights
 from mpidl.checkpoint.writer import Outcome, Writer, save
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "checkpoint_path",
     "find",
     "find_in_files",
+    "find_weights",
     "list_checkpoints",
     "load",
     "load_optimizer",

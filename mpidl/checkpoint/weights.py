@@ -63,11 +63,18 @@ def load_weights(path: str | pathlib.Path, epoch: int | str | None = None) -> di
     Raises:
         CheckpointError: there is nothing to read, or it is damaged.
     """
+    return find_weights(path, epoch)[1]
+
+
+def find_weights(
+    path: str | pathlib.Path, epoch: int | str | None = None
+) -> tuple[pathlib.Path, dict[str, torch.Tensor]]:
+    """As `load_weights`, with the file or checkpoint directory that was read."""
     path = pathlib.Path(path)
     if path.is_file():
-        return _read(path)
+        return path, _read(path)
     if epoch is None and (path / WEIGHTS).is_file() and not list_checkpoints(path):
-        return _read(path / WEIGHTS)
+        return path / WEIGHTS, _read(path / WEIGHTS)
     return _read_checkpoint(path, epoch, read_weights)
 
 
@@ -76,24 +83,26 @@ def load_optimizer(path: str | pathlib.Path, epoch: int | str | None = None) -> 
 
     Arguments and errors are those of `load_weights`.
     """
-    return _read_checkpoint(pathlib.Path(path), epoch, read_optimizer)
+    return _read_checkpoint(pathlib.Path(path), epoch, read_optimizer)[1]
 
 
-def _read_checkpoint(path: pathlib.Path, epoch: int | str | None, read: Callable[[pathlib.Path], Read]) -> Read:
+def _read_checkpoint(
+    path: pathlib.Path, epoch: int | str | None, read: Callable[[pathlib.Path], Read]
+) -> tuple[pathlib.Path, Read]:
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
     if epoch is None and (path / MANIFEST).is_file():
-        return read(path)
+        return path, read(path)
     if epoch is None:
         return _read_newest(path, read)
     found = {_text(position): each for position, each in list_checkpoints(path)}
     if str(epoch) not in found:
         there = ", ".join(found) or "none"
         raise CheckpointError(f"{path} does not hold the checkpoint of epoch {epoch}; checkpoints there: {there}")
-    return read(found[str(epoch)])
+    return found[str(epoch)], read(found[str(epoch)])
 
 
-def _read_newest(path: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Read:
+def _read_newest(path: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> tuple[pathlib.Path, Read]:
     """The newest of a run directory that is whole; a training may write there, and remove old ones meanwhile."""
     tried: list[pathlib.Path] = []
     while True:
@@ -101,7 +110,7 @@ def _read_newest(path: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Re
         if not left:
             raise CheckpointError(f"{path} does not hold a checkpoint; checkpoints there: none")
         try:
-            return read(left[-1])
+            return left[-1], read(left[-1])
         except DamagedError as error:
             tried.append(left[-1])
             is_there = left[-1].exists()

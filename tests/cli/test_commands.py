@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import mpidl
+from mpidl import checkpoint
 from mpidl import config as configuration
 from tests.cli.processes import run_commands
 from tests.launch import Completed, launch, run
@@ -172,8 +173,11 @@ def test_evaluate_gives_the_validations_of_the_training(trained: tuple[Path, Com
     for n in (1, 3):
         ended, _ = run_commands(n, tmp_path, lines)
         _, *tables = ended.stdout.split("mpidl evaluate")
-        for table, expected in zip(tables, (validations[-1], validations[0]), strict=True):
+        newest = str(checkpoint.list_checkpoints(run_dir)[-1][1])
+        cases = ((newest, validations[-1]), (of_first, validations[0]))
+        for table, (source, expected) in zip(tables, cases, strict=True):
             cells = [line.split("|")[1:3] for line in table.splitlines() if line.count("|") > 2]
+            assert source in "".join(value.strip() for _, value in cells)
             rows = {name.strip(): value.strip() for name, value in cells}
             assert rows["loss"] == f"{expected['loss']:.5g}"
             assert rows["accuracy"] == f"{100 * expected['accuracy']:.2f} %"
@@ -185,6 +189,7 @@ def test_exported_and_final_weights_load_in_plain_torch(trained: tuple[Path, Com
     exported = tmp_path / "first.safetensors"
     ended = mpidl_on(2, "export", str(run_dir), "--checkpoint", "1", "--output", str(exported)).check()
     assert ended.stdout.count(str(exported)) == 1
+    assert f" of {run_dir / 'checkpoints' / 'epoch-000001'} written to " in ended.stdout
     # The very layers of the digits' network, spelt out: nothing of mpidl is imported.
     code = f"""
 import sys

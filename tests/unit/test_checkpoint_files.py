@@ -221,7 +221,7 @@ def test_the_newest_is_read_though_those_that_were_listed_have_been_removed(tmp_
             raise DamagedError(f"{path} cannot be read: it is gone")
         return path.name
 
-    assert weights._read_newest(tmp_path, read) == "epoch-000002"
+    assert weights._read_newest(tmp_path, read) == (folder / "epoch-000002", "epoch-000002")
     assert seen == ["epoch-000001", "epoch-000002"]
 
 
