@@ -100,6 +100,12 @@ class Status:
         whole = (self.total_iterations - last) * (ended - began) / (last - first)
         return max(whole - (now - ended), 0.0)
 
+    def samples_at(self, iteration: int) -> int:
+        """Of the training set, that so many iterations of the training go over; those of every epoch count again."""
+        train_samples, per_epoch = int(self.start["train_samples"]), int(self.start["iterations_per_epoch"])
+        epochs, more = divmod(iteration, max(per_epoch, 1))
+        return epochs * train_samples + more * int(self.start["batch_size"])
+
     @property
     def paces(self) -> list[float]:
         """Each rank's seconds of work per sample by the median of all; not a number where nothing was measured."""

@@ -63,7 +63,6 @@ class PlainView:
         self._status = Status()
         self._shown_at = clock()
         self._balance_shown_at: float | None = None
-        self._samples = 0
 
     def show(self, event: str, fields: Fields) -> None:
         """Show one event; unknown ones are left out."""
@@ -81,7 +80,6 @@ class PlainView:
             self._console.print_table("mpidl train", tables.of_start(fields))
 
     def _show_group(self, fields: Fields) -> None:
-        self._samples += fields["samples"]
         # The line of an epoch's last group would stand right above the epoch's own.
         ends_epoch = fields["iteration"] % max(self._status.start.get("iterations_per_epoch", 1), 1) == 0
         now = self._clock()
@@ -125,7 +123,7 @@ class PlainView:
         self._shown_at = self._clock()
         self._console.print(
             f"{of_epochs(fields, self._status)}  iteration {tables.count(fields['iteration'])}"
-            f"  {tables.count(self._samples)} samples"
+            f"  {tables.count(self._status.samples_at(fields['iteration']))} samples"
             f"  {tables.duration(self._shown_at - self._status.started_at)}"
             f"  {tables.count(fields['samples_per_s'])} samples/s  loss {fields['loss']:.4f}"
         )

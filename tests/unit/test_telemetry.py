@@ -126,7 +126,7 @@ def test_a_log_gets_plain_ascii_lines_that_never_wrap(capsys: pytest.CaptureFixt
     assert out.isascii()
     assert "\x1b" not in out
     lines = out.splitlines()
-    assert "epoch 1/3  iteration 23  0 samples  0.0 s  20,311 samples/s  loss 0.5000" in lines
+    assert "epoch 1/3  iteration 23  1,437 samples  0.0 s  20,311 samples/s  loss 0.5000" in lines
     assert "epoch 1/3  validation  loss 0.25  accuracy 97.50 %" in lines
     assert "mpidl: warning: [bold] " + "x" * 200 in lines
     for text in ("4 ranks on 1 node (vm), 1 thread each", "rank 3: 6-7", "38,282 parameters", "runs/[digits]",
@@ -144,8 +144,8 @@ def test_a_log_gets_a_line_every_ten_seconds_within_an_epoch(capsys: pytest.Capt
         console.show("group", {**GROUP, "iteration": 5 * second})
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "epoch 1/3  iteration 50  3,200 samples  10.0 s  3,200 samples/s  loss 2.2500",
-        "epoch 1/3  iteration 100  6,400 samples  20.0 s  3,200 samples/s  loss 2.2500",
+        "epoch 1/3  iteration 50  3,130 samples  10.0 s  3,200 samples/s  loss 2.2500",
+        "epoch 1/3  iteration 100  6,260 samples  20.0 s  3,200 samples/s  loss 2.2500",
     ]
 
 
