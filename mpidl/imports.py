@@ -76,10 +76,18 @@ def check_arguments(what: str, function: Callable[..., Any], args: dict[str, Any
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # what is written in C may have none
         return
+    parameters = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    known = inspect.Signature(parameters)
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        for name in args:
+            if name not in names:
+                near = near_names(difflib.get_close_matches(name, names))
+                raise ConfigError(f"{what} does not take {name!r}; it takes {known}{near}")
     try:
         signature.bind(**args)
     except TypeError as error:
-        raise ConfigError(f"{what}: {error}; it takes {signature}") from None
+        raise ConfigError(f"{what}: {error}; it takes {known}") from None
 
 
 def near_names(names: list[str]) -> str:

@@ -133,8 +133,10 @@ def test_an_unknown_name_gets_near_names_and_all_names() -> None:
         models.build("lenet")
 
 
-def test_an_unknown_argument_gets_the_signature() -> None:
-    with pytest.raises(ConfigError, match=r"model lenet5: .*'classes'; it takes .*num_classes: "):
+def test_an_unknown_argument_gets_the_signature_and_near_names() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model lenet5 does not take 'classes'; it takes .*num_classes=10.*mean 'num_classes'\?"
+    ):
         models.build("lenet5", classes=3)
 
 
