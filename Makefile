@@ -119,6 +119,7 @@ dist: setup  ## Build a wheel and a source archive into dist/, and try the wheel
 
 docs: setup  ## Build the documentation into build/docs; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file .ci/mkdocs.yml
+	@echo "build/docs/index.html; its search works where a server gives it: python -m http.server -d build/docs"
 
 format: setup  ## Bring the code into form.
 	$(BIN)/ruff check --fix

@@ -34,6 +34,8 @@ _RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "plans.jsonl", "checkpoints", "wei
 
 _CLASSIFYING = ("cross_entropy", "nll_loss")
 
+_ABOUT_CLASSES = "correct the labels, or num_classes (of a text's model: vocab_size) in model_args"
+
 _BALANCE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -136,7 +138,7 @@ def prepare(config: Config) -> Parts:
     num_classes = getattr(model, "num_classes", None)
     if config.loss in _CLASSIFYING and isinstance(num_classes, int):
         for source in filter(None, (train_set, validation_set)):
-            data.check_labels(source, num_classes)
+            data.check_labels(source, num_classes, _ABOUT_CLASSES)
     return Parts(
         model=model,
         loss=loss,

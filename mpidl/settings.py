@@ -109,7 +109,7 @@ class Settings:
         """Raise ConfigError where the settings do not fit each other or the ranks."""
         if self.partitions < world.size:
             raise ConfigError(
-                f"{world.size} ranks but only {self.partitions} partitions; every rank needs at least one; lower -n "
+                f"{world.size} ranks, but partitions is {self.partitions}; every rank needs at least one; lower -n "
                 "or raise partitions"
             )
         if self.batch_size < self.partitions:
@@ -202,7 +202,7 @@ class Settings:
             advice = f"batch_size {fitting[0]} would do" if fitting else "use fewer ranks and partitions"
             raise ConfigError(
                 f"the model has SyncBatchNorm, whose forward all ranks have to run together: the last of {num_samples} "
-                f"samples in batches of {size} make {last} partitions only, of {parts}; {advice}"
+                f"samples in batches of {size} fill only {last} of the {parts} partitions; {advice}"
             )
 
     def open_train_loader(self, source: Source) -> Loader:

@@ -323,8 +323,8 @@ class Training:
         settings, size = self._settings, self._world.size
         parts = last_partitions(self._num_samples, settings.batch_size, settings.partitions)
         if self._triggers.iterations_per_epoch == 1 and parts < size:
-            message = f"{self._num_samples} samples make {parts} partitions: ranks from {parts} on have nothing to do"
-            self._record("warning", message=f"{message}, and signals to them are not seen")
+            idle = f"ranks from {parts} on have nothing to do, and signals to them are not seen"
+            self._record("warning", message=f"{self._num_samples} samples fill {parts} of the partitions: {idle}")
 
     def _is_over(self) -> bool:
         """Whether the checkpoint that this run began from is of a training that has ended."""

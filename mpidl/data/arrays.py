@@ -64,7 +64,9 @@ def is_array(value: object) -> TypeGuard[AnyArray | Tensor]:
     return isinstance(value, np.ndarray | Tensor)
 
 
-def check_labels(source_or_targets: object, num_classes: int) -> None:
+def check_labels(
+    source_or_targets: object, num_classes: int, advice: str = "correct the labels or the number of classes"
+) -> None:
     """See that whole-number targets lie in [0, num_classes), a chunk at a time (they may be memory-mapped).
 
     Args:
@@ -72,6 +74,7 @@ def check_labels(source_or_targets: object, num_classes: int) -> None:
             (a Dataset's, whose targets show only when they are read) and targets that are not whole numbers
             are not looked at.
         num_classes: the number of classes.
+        advice: what to do about a wrong one.
 
     Raises:
         DataError: a label is out of range; names the first such sample and the label.
@@ -90,7 +93,7 @@ def check_labels(source_or_targets: object, num_classes: int) -> None:
             first = tuple(int(place[0]) for place in np.nonzero(wrong))
             raise DataError(
                 f"sample {start + first[0]} has label {chunk[first]}; with {num_classes} classes labels go from 0 "
-                f"to {num_classes - 1}; correct the labels or the number of classes"
+                f"to {num_classes - 1}; {advice}"
             )
 
 

@@ -75,7 +75,7 @@ class Recording:
             for name, value in recorded.items():
                 if value != getattr(given, name):
                     raise ConfigError(
-                        f"the plans of {self.run_dir} were made for {name} {value}, this run has "
+                        f"the plans of {self.run_dir} were made for {_described(name, value)}, this run has "
                         f"{getattr(given, name)}; repeat it with the same"
                     )
         for group in self.groups:
@@ -104,6 +104,14 @@ class Recording:
             summarize=recorded(done(Action.SUMMARIZE)),
             end=recorded(done(Action.END, self.groups[-1:])),  # what went on afterwards had not ended
         )
+
+
+_COUNTED = {"world_size": "ranks", "num_nodes": "nodes", "num_samples": "training samples"}
+
+
+def _described(name: str, value: object) -> str:
+    """`4 ranks`, `seed 7`."""
+    return f"{value} {_COUNTED[name]}" if name in _COUNTED else f"{name} {value}"
 
 
 def read_recording(run_dir: pathlib.Path) -> Recording:

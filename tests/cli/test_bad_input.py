@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda f: [JOB, "--batch-size", "7"], ["batch_size 7", "partitions 8", "raise batch_size or lower partitions"],
     ),
     "fewer partitions than ranks": (
-        lambda f: [JOB, "--partitions", "1"], ["2 ranks but only 1 partitions", "lower -n or raise partitions"],
+        lambda f: [JOB, "--partitions", "1"], ["2 ranks, but partitions is 1", "lower -n or raise partitions"],
     ),
     "no data folder": (
         lambda f: [*fashion(f)[:-1], str(f / "none")], ["/none", "does not exist", "make data", "--data-dir"],

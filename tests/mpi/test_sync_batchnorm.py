@@ -285,7 +285,9 @@ def test_a_last_batch_that_leaves_ranks_without_a_partition_is_refused_with_a_ba
     if world.size == 1:
         assert trainer.fit(data, epochs=1)[0]["samples"] == 203
     else:
-        with pytest.raises(ConfigError, match=r"make 1 partitions only, of \d; batch_size (39|38|37|36|35) would do"):
+        with pytest.raises(
+            ConfigError, match=r"fill only 1 of the \d partitions; batch_size (39|38|37|36|35) would do"
+        ):
             trainer.fit(data, epochs=1)
     trainer.close()
 

@@ -564,5 +564,5 @@ def test_settings_that_do_not_fit_are_refused_on_all_ranks(
 
 
 def test_fewer_partitions_than_ranks_are_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match=f"{world.size} ranks but only {world.size - 1} partitions"):
+    with pytest.raises(ConfigError, match=f"{world.size} ranks, but partitions is {world.size - 1}"):
         mpidl.Trainer(made(dense), F.cross_entropy, SGD, batch_size=64, partitions=world.size - 1)

@@ -108,7 +108,7 @@ def test_plans_of_another_run_are_refused(tmp_path: Path) -> None:
         ({"partitions": 8}, "made for partitions 4, this run has 8"),
         ({"seed": 5}, "made for seed 0, this run has 5"),
         ({"clip_norm": 1.0}, "made for clip_norm None, this run has 1.0"),
-        ({"world_size": 3}, "made for world_size 2, this run has 3"),
+        ({"world_size": 3}, "made for 2 ranks, this run has 3"),
     ):
         with pytest.raises(ConfigError, match=message):
             found.check(dataclasses.replace(HEADER, **change), validates=True)
