@@ -5,16 +5,16 @@ other ranks within 0.1 s of a death, so no rank can tell whose it was. But they 
 they have started ends. So this is not the rank: before it loads anything, it forks (`begin`), and
 
 1. the child goes on as the rank. It tells the guard through a pipe what a message needs (`tell`): the run directory,
-   its rank in mpidl's order, and the job's key where there are several nodes. It tells a few short lines, which a pipe
-   holds, so the rank never waits.
+   its rank in mpidl's order, and the job's key. It tells a few short lines, which a pipe holds, so the rank never
+   waits.
 2. The parent, the guard, does nothing but wait for it. It stays in the rank's process group, where launchers and Slurm
    send their signals, so the rank has got each of them as well; the guard only remembers which.
 3. When the rank has died of a signal that nobody sent to both, the guard prints one line with its rank, node and
    signal, and the command that resumes; so it does when a rank of a running job has left with an error code of which
    nobody has said why (`has_said`): `os._exit(3)`, or a library that ends the process. If the run directory has the
    folder `ends` (made by `mpidl launch`), it writes there how the rank has ended, also where it left with an error
-   code. In a job on several nodes it writes a loss into the folder `hang`, too, for the watchdogs of the other nodes:
-   srun without --kill-on-bad-exit lets them wait.
+   code. A loss goes into the folder `hang`, too, for the watchdogs: srun without --kill-on-bad-exit lets the other
+   ranks wait, and a loss is to be told once.
 4. The guard ends like the rank, by the same signal or with the same code. Only now the launcher learns of it.
 
 What if. The launcher kills the guard: the system kills the rank with it (PR_SET_PDEATHSIG), and nothing is said. The

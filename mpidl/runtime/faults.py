@@ -40,7 +40,7 @@ Error = TypeVar("Error", bound=MpidlError)
 _OTHERS_PRINT_S = 2.0
 """How long a rank that lost the right to print waits before it aborts: the winner's text must get out."""
 
-_OTHERS_LEAVE_S = 3.0
+_OTHERS_LEAVE_S = 2.0
 """How long a rank that leaves with an error code waits for the others to leave as well, before it ends them."""
 
 _AGREED_MARK = "_mpidl_on_all_ranks"

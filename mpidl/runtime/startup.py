@@ -70,8 +70,8 @@ def watch(
     Args:
         hang_seconds: after which, if nothing moves, a hang is certain; a first report may come earlier. 0: never.
         on_hang: "end" (with code 76) or "warn".
-        run_dir: through which the nodes tell each other. Without one, a job on several nodes ends only where the rank
-            to blame is seen by others of its own node.
+        run_dir: through which the nodes tell each other. Without one, a job on several nodes ends where the rank to
+            blame is seen by others of its own node, else when the ranks of a node have waited twice hang_seconds.
         is_training: whether it is a hang, too, where nothing moves and nobody waits.
         survives: whether the others go on without a lost rank, so that who hangs is killed instead of the job.
 
@@ -146,8 +146,7 @@ def _watch(world: World) -> Watchdog:
     world.activity.move_to(rows[local])
     ranks = [rank for rank in range(world.size) if world.node_of[rank] == world.node] if len(rows) > 1 else [world.rank]
     key = world.broadcast_object(os.urandom(8).hex())
-    if len(set(world.node_of)) > 1:
-        guard.tell(job=key)
+    guard.tell(job=key)
     world.node_barrier()  # all rows are filled
     watchdog = Watchdog(dict(zip(ranks, rows, strict=True)), world, key)
     watchdog.start()

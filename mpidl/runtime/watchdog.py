@@ -20,7 +20,8 @@ for far longer than an iteration usually takes (`notice_after`), the speaker rai
 Where the others go on without a lost rank (`ulfm.py`), speakers kill those that keep the others waiting in 4, and the
 job ends only if there is none.
 
-Without a run directory each node judges and tells for itself, and ends the job only if the rank to blame is its own.
+Without a run directory each node judges and tells for itself, and ends the job if the rank to blame is its own. Where
+its ranks all wait, somebody elsewhere may move yet: the job ends only when they have waited twice `hang_seconds`.
 
 A rank that has died while the launcher goes on (srun without --kill-on-bad-exit) is told after LOST_S, and the job ends
 with EXIT_LOST, if on_hang is "end". Ranks of the same node see it; where none of a node is left, the lowest other node
@@ -77,6 +78,8 @@ LOST_S = 3.0
 HANG_SECONDS = 900.0
 USUAL_TIMES, LEAST_S = 30.0, 30.0
 """A first report comes when nothing has moved for so many of the usual iterations, and at least so many seconds."""
+ALONE_TIMES = 2.0
+"""A node that cannot ask the others ends the job when its ranks have waited so many times `hang_seconds`."""
 PATIENCE_S = 10.0
 """How long a node waits for what the others tell."""
 END_S = 5.0
@@ -184,7 +187,7 @@ class Watchdog:
         self._look_for_lost(now)
         quiet_s = self._quiet_s(now)
         has_alarm = quiet_s >= self._notice_s
-        files = self._node_files()
+        files = self._run_files() if self._num_nodes > 1 else None
         if files is not None and (has_alarm or files.see_alarm()):
             files.tell(quiet_s, has_alarm, lambda: self._states(now))
         if not has_alarm:
@@ -200,6 +203,11 @@ class Watchdog:
     def _notice_s(self) -> float:
         return notice_after(self.settings.hang_seconds, max(float(row[USUAL_S]) for row in self._rows.values()))
 
+    @property
+    def _alone_s(self) -> float:
+        """After which a node that cannot ask the others ends the job, the lowest one first."""
+        return ALONE_TIMES * self.settings.hang_seconds + (END_S if self._node else 0.0)
+
     def _speaks(self, now: float) -> bool:
         """Whether this rank is the lowest of its node whose watchdog is awake."""
         awake = [r for r, row in self._rows.items() if now - row[LOOKED] < ASLEEP_S and not self._is_dead(row)]
@@ -208,9 +216,9 @@ class Watchdog:
     def _is_dead(self, row: NDArray[np.float64]) -> bool:
         return int(row[PHASE]) != ENDING and stacks.process_state(int(row[PID])) == "dead"
 
-    def _node_files(self) -> NodeFiles | None:
+    def _run_files(self) -> NodeFiles | None:
         run_dir = self.settings.run_dir
-        if self._num_nodes == 1 or run_dir is None:
+        if run_dir is None:
             return None
         if self._files is None or self._files.run_dir != run_dir:
             self._files = NodeFiles(run_dir, self._key, self._node, self._num_nodes)
@@ -223,8 +231,8 @@ class Watchdog:
 
     def _is_due(self, quiet_s: float) -> bool:
         """Whether there is something to report: a hang, that it is certain now, or that it lasts twice as long."""
-        hang_s = self.settings.hang_seconds
-        is_certain_now = self._reported_s < hang_s <= quiet_s
+        limits_s = (self.settings.hang_seconds, self._alone_s)
+        is_certain_now = any(self._reported_s < limit_s <= quiet_s for limit_s in limits_s)
         return not self._reported_s or is_certain_now or quiet_s >= 2 * self._reported_s
 
     # --- hearing and judging --------------------------------------------------------------------------------------
@@ -252,8 +260,8 @@ class Watchdog:
         self._reported_s = quiet_s
         is_alone = self._num_nodes > 1 and self.settings.run_dir is None
         ends = self.settings.on_hang == "end" and quiet_s >= self.settings.hang_seconds
-        if is_alone:
-            ends = ends and any(not hang_report.waits(state) for state in states)
+        if is_alone and all(hang_report.waits(state) for state in states):
+            ends = ends and quiet_s >= self._alone_s
         survives = ends and self.settings.survives and not all(hang_report.waits(state) for state in all_states)
         tells = is_alone or self._node == min([self._node, *told])
         silent = [] if is_alone else self._silent(told)
@@ -335,17 +343,17 @@ class Watchdog:
 
     def _guards_told(self, lost: Sequence[RankState]) -> bool:
         """Whether the guards of these ranks have said all that there is to say."""
-        files = self._node_files()
+        files = self._run_files()
         return files is not None and {state.rank for state in lost} <= files.lost(at_once=True).keys()
 
     def _knows_loss(self) -> bool:
         """Whether a rank of this node has died, or a guard says so of any."""
-        files = self._node_files()
+        files = self._run_files()
         return any(self._is_dead(row) for row in self._rows.values()) or bool(files and files.lost(at_once=True))
 
     def _gone_nodes(self) -> list[str]:
         """Lines about nodes whose ranks were all killed, if this node is the lowest that is left."""
-        files = self._node_files()
+        files = self._run_files()
         lost = {} if files is None else files.lost()
         ranks = {node: [r for r, its in enumerate(self._node_of) if its == node] for node in set(self._node_of)}
         gone = sorted(node for node, own in ranks.items() if lost.keys() >= set(own))

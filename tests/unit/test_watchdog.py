@@ -298,6 +298,19 @@ def test_a_loop_of_one_s_own_may_rest(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert not job.codes
 
 
+def test_nodes_that_cannot_ask_each_other_end_a_job_whose_ranks_all_wait_for_twice_as_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(monkeypatch, [0, 1], settings(is_training=False))
+    stuck(job, culprit=2)
+    job.watch(199)
+    assert "nothing has moved on host1" in capsys.readouterr().err
+    assert not job.codes
+    job.watch(3)
+    assert capsys.readouterr().err.count("mpidl: error: nothing has moved on host0 for 20") == 1, "the lowest ends it"
+    assert job.codes == [("abort", EXIT_HUNG), ("exit", EXIT_HUNG)]
+
+
 @pytest.mark.parametrize("on_hang", ["end", "warn"])
 def test_a_rank_that_has_died_is_told_once(
     on_hang: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
