@@ -58,7 +58,7 @@ def init(threads_per_rank: int | None = None, *, is_strict: bool = True) -> Worl
 def watch(
     hang_seconds: float,
     on_hang: str,
-    run_dir: pathlib.Path | None = None,
+    run_dir: str | pathlib.Path | None = None,
     *,
     is_training: bool = False,
     survives: bool = False,
@@ -70,18 +70,25 @@ def watch(
     Args:
         hang_seconds: after which, if nothing moves, a hang is certain; a first report may come earlier. 0: never.
         on_hang: "end" (with code 76) or "warn".
-        run_dir: through which the nodes tell each other. Without one, a job on several nodes ends where the rank to
-            blame is seen by others of its own node, else when the ranks of a node have waited twice hang_seconds.
+        run_dir: a folder that all nodes see, through which they tell each other; made where it is not there. Without
+            one, a job on several nodes ends where the rank to blame is seen by others of its own node, else when the
+            ranks of a node have waited twice hang_seconds.
         is_training: whether it is a hang, too, where nothing moves and nobody waits.
         survives: whether the others go on without a lost rank, so that who hangs is killed instead of the job.
 
     Raises:
-        ConfigError: a value is none of these.
+        ConfigError: a value is none of these, or the folder cannot be made.
     """
     check_watch(hang_seconds, on_hang)
+    folder = None if run_dir is None else pathlib.Path(run_dir)
+    if folder is not None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {folder}: {error.strerror}; give another run_dir") from None
     init()
     assert _watchdog is not None, "init starts it"
-    _watchdog.settings = WatchSettings(hang_seconds, on_hang, run_dir, is_training, survives)
+    _watchdog.settings = WatchSettings(hang_seconds, on_hang, folder, is_training, survives)
 
 
 def check_watch(hang_seconds: float, on_hang: str) -> None:

@@ -69,6 +69,19 @@ def test_ranks_of_an_own_loop_that_make_different_calls_are_shown_with_their_sta
     watched.check_nothing_is_left(ended)
 
 
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_such_an_own_loop_is_ended_on_several_nodes_too(tmp_path: Path, *, has_folder: bool) -> None:
+    watched, folder = Watched(tmp_path), tmp_path / "made" / "here"
+    env = {**watched.env, "FATE": "barrier:1:4", "MPIDL_EMULATED_NODES": "3"}
+    ended = launch(3, [*OWN_LOOP, "end", *([str(folder)] if has_folder else [])], env=env)
+    assert ended.returncode == EXIT_HUNG, ended.output
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("mpidl: error: nothing has moved")]
+    assert len(errors) == 1, "one report for all nodes, or of the lowest for itself\n" + ended.output
+    assert ("2 ranks wait (ranks 0, 2)" in ended.stderr) == has_folder, ended.output
+    assert "--resume" not in ended.stderr, ended.output
+    watched.check_nothing_is_left(ended)
+
+
 def test_a_pause_is_told_and_the_job_goes_on_where_it_was_asked_to(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     ended = launch(2, [*OWN_LOOP, "warn"], env={**watched.env, "FATE": "pause:1:3"}).check()
