@@ -46,10 +46,14 @@ ENDING = ["--data", f"{PARTS}:ending_digits"]
 HANG = ["--hang-seconds", "4", "--end-when", "iterations(60)"]
 LOSS = ["--end-when", "iterations(60)"]
 FEW = ["--checkpoint-every", "iterations(2)", "--end-when", "iterations(6)"]
-START_S, LIMIT_S = 170.0, 80.0
-"""How long a job may take until its fate is met, and then until all is over."""
+START_S, LIMIT_S, GONE_S = 170.0, 80.0, 5.0
+"""How long a job may take until its fate is met, then until all is over, and its control group until it is gone."""
 PROMPT_S, HUNG_S, HUNG_HOSTS_S, CUT_OFF_S = 5.0, 10.0, 22.0, 60.0
 """What may pass at most until all is over; a hang is one after `--hang-seconds`, and nodes wait for each other."""
+
+
+class UnavailableError(Exception):
+    """What a case lacks on this machine."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Case:
     """To the launcher's process group, as a terminal does, when the fate is met."""
     small: tuple[str, str] | None = None
     """What gets a file system of its own, of this size: "run" or "shared memory"."""
+    memory_bytes: int = 0
+    """What all ranks together may take, by a control group of their own; 0: as much as there is."""
     on_hosts: bool = False
     """Whether on two hosts."""
     loses_host: bool = False
@@ -82,6 +88,7 @@ CASES = [
     Case("Ctrl-C", TRAIN, "mark:1:3", sends=signal.SIGINT),
     Case("SIGTERM to the launcher", TRAIN, "mark:1:3", sends=signal.SIGTERM),
     Case("out of memory (`MemoryError`)", TRAIN, "memory:1:3"),
+    Case("out of memory (the kernel kills)", [*TRAIN, *LOSS], "hoard:1:3", memory_bytes=2**30),
     Case("out of shared memory", [*TRAIN, *FEW], "never:1:0", small=("shared memory", "200k")),
     Case("full disk", [*TRAIN, *FEW], "never:1:0", small=("run", "300k")),
     Case("a killed rank", [*TRAIN, *LOSS], "kill:1:3"),
@@ -216,7 +223,11 @@ class Cell:
 
 def happen(case: Case, word: str, venv: Path) -> Cell:
     """Run a case."""
-    with tempfile.TemporaryDirectory(prefix="mpidl-faults-") as name, small(case, Path(name)) as own:
+    with (
+        tempfile.TemporaryDirectory(prefix="mpidl-faults-") as name,
+        small(case, Path(name)) as own,
+        limited(case) as entering,
+    ):
         folder = Path(name)
         watched = Watched(folder)
         with LAUNCHERS[word][1](venv, case) as launcher:
@@ -230,8 +241,8 @@ def happen(case: Case, word: str, venv: Path) -> Cell:
                 env["MPIDL_SHM_DIR"] = str(own)
             with (folder / "output").open("w+") as output:
                 job = subprocess.Popen(
-                    [*launcher.command, f"{venv}/bin/python", *args], env=env, cwd=ROOT, stdin=subprocess.DEVNULL,
-                    stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    [*launcher.command, *entering, f"{venv}/bin/python", *args], env=env, cwd=ROOT,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
                 try:
                     met, segments = follow(case, job, folder, watched, launcher)
@@ -265,6 +276,39 @@ def small(case: Case, folder: Path) -> Iterator[Path | None]:
         yield own
     finally:
         subprocess.run(["umount", "--lazy", own], check=True)
+
+
+@contextmanager
+def limited(case: Case) -> Iterator[list[str]]:
+    """A control group with the memory that the case says; what it yields has a rank enter it."""
+    if not case.memory_bytes:
+        yield []
+        return
+    own = memory_group(case.memory_bytes)
+    try:
+        yield ["sh", "-c", f'echo 0 >{own}/cgroup.procs; exec "$@"', "sh"]
+    finally:
+        deadline = time.monotonic() + GONE_S
+        while own.exists() and time.monotonic() < deadline:
+            try:
+                own.rmdir()
+            except OSError:  # its last process has only just ended
+                time.sleep(0.1)
+
+
+def memory_group(limit_bytes: int) -> Path:
+    """Make a control group, of version 1 or 2, with a limit; raises UnavailableError where there can be none."""
+    for parent, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        own = Path(parent, f"mpidl-faults-{os.getpid()}")
+        try:
+            own.mkdir()
+        except OSError:
+            continue
+        if (own / limit).exists():
+            (own / limit).write_text(str(limit_bytes))
+            return own
+        own.rmdir()
+    raise UnavailableError("it takes root, and the memory controller in /sys/fs/cgroup")
 
 
 def follow(
@@ -361,7 +405,11 @@ def main() -> int:
         for case in cases:
             within_s = HUNG_HOSTS_S if word == "srun" and case.within_s == HUNG_S else case.within_s  # on two nodes
             patient = replace(case, within_s=within_s * given.patience)
-            cell = happen(patient, word, (ROOT / venv).absolute())
+            try:
+                cell = happen(patient, word, (ROOT / venv).absolute())
+            except UnavailableError as error:
+                print(f"{LAUNCHERS[word][0]}: {case.name}: left out: {error}", flush=True)
+                continue
             numbers = [number for number, (words, names) in NOTES.items() if word in words and case.name in names]
             ends_well = ends_well and (cell.is_clean or bool(numbers))
             text_of = noted(str(cell), numbers)

@@ -129,6 +129,10 @@ class EndingNet(NoisyNet):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
             np.ones(2**30)
+        if self.how == "hoard":
+            hoard = []
+            while True:
+                hoard.append(np.ones(2**22))
         if self.how == "exchange":  # the thread that exchanges between nodes, at its next look
             Driver.poll = fail_in_thread
             return
