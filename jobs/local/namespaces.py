@@ -30,6 +30,8 @@ from typing import Any
 HEAD, HEAD_ADDRESS, MAX_HOSTS = "head", "10.77.0.254", 253
 SWITCH = "switch"
 """The bridge, and the head's network interface."""
+SWITCH_MAC = "02:00:00:00:00:fe"
+"""The bridge's own: else it takes the lowest of the hosts', and another one when that host goes, as no switch does."""
 INTERFACE = "eth0"
 """Each host's network interface."""
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "taskset": "util-linux",
@@ -149,8 +151,8 @@ def wait_until_ready(holder: subprocess.Popen[str]) -> None:
 def connect(pids: Sequence[int], rate: str) -> None:
     """Join the hosts by a switch, with limited links."""
     head, *hosts = pids
-    configure(head, "ip", f"link add {SWITCH} type bridge", f"address add {HEAD_ADDRESS}/24 dev {SWITCH}")
-    configure(head, "ip", f"link set {SWITCH} up")
+    configure(head, "ip", f"link add {SWITCH} address {SWITCH_MAC} type bridge")
+    configure(head, "ip", f"address add {HEAD_ADDRESS}/24 dev {SWITCH}", f"link set {SWITCH} up")
     for number, pid in enumerate(hosts, start=1):
         link(head, f"host{number}", pid, rate)
 
