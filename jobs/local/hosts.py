@@ -73,10 +73,11 @@ def share_cores(num_hosts: int, cores: Sequence[int]) -> list[list[int]]:
 
 def mpirun_line(hosts: Hosts, args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """The command that runs mpirun in the head, and its environment."""
-    counts = spread(len(hosts.names), args.n, args.per_host)
+    names = args.on.split(",") if args.on else hosts.names
+    counts = spread(len(names), args.n, args.per_host)
     cores = sorted(os.sched_getaffinity(0))
-    shares = share_cores(len(hosts.names), cores) if args.cores == "share" else [cores] * len(hosts.names)
-    places = zip(hosts.names, hosts.pids[1:], shares, strict=True)
+    shares = share_cores(len(names), cores) if args.cores == "share" else [cores] * len(names)
+    places = zip(names, map(hosts.pid_of, names), shares, strict=True)
     entries = [f"{name}:{pid}:{','.join(map(str, share))}" for name, pid, share in places]
     env = PREFERRED | os.environ | REQUIRED | {"EMULATED_HOSTS": " ".join(entries)}
     if sys.prefix != sys.base_prefix:  # this Python's virtual environment, activated or not
@@ -85,7 +86,7 @@ def mpirun_line(hosts: Hosts, args: argparse.Namespace) -> tuple[list[str], dict
     if mpirun is None:
         raise HostsError("no mpirun in PATH; activate an environment that has one: pip install mpidl[mpich]")
     is_open_mpi = "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
-    where = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, counts, strict=True) if count)
+    where = ",".join(f"{name}:{count}" for name, count in zip(names, counts, strict=True) if count)
     options = (open_mpi if is_open_mpi else mpich)(where, str(Path(__file__).resolve().with_name("enter.sh")))
     inside = ["nsenter", "--target", str(hosts.pids[0]), "--net", "--uts", "--mount", f"--wdns={os.getcwd()}"]
     return [*inside, mpirun, *options, *shlex.split(args.mpirun), "-n", str(sum(counts)), *args.command], env
@@ -180,6 +181,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for each in (run, whole):
         each.add_argument("-n", type=positive, metavar="RANKS", help="ranks in all, spread evenly (one per host)")
         each.add_argument("--per-host", type=positive, metavar="K", help="fill each host with K ranks before the next")
+        each.add_argument("--on", metavar="HOSTS", help="only on these, such as host1,host3 (all)")
         each.add_argument(
             "--cores", choices=["share", "all"], default="share",
             help="share: each host has its share of the cores, or one in turn where hosts are more; all: no binding",
