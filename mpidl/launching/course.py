@@ -163,8 +163,9 @@ class Course:
             self._count.restarts_left -= 1
         self._ranks, self._wanted = self._wanted or self._ranks, None
         where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
-        where += ", or from what its nodes have kept since," if self._kept and self._kept.num_nodes else ""
-        number = "" if self._ranks is None else f" on {self._ranks} ranks"
+        keeps = bool(self._kept and self._kept.num_nodes)
+        where += ", or from what its nodes have kept since" * keeps
+        number = "" if self._ranks is None else f"{',' * keeps} on {self._ranks} ranks"
         left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
         _say(f"{self._describe(end)}starts again {where}{number}{left}")
 
