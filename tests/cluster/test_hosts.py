@@ -45,6 +45,17 @@ import mpidl
 mpidl.init()
 raise RuntimeError("on purpose")
 """
+SWITCHING_OFF = """
+import subprocess, sys
+sys.path.insert(0, "jobs/local")
+from hosts import find_hosts
+from namespaces import SWITCH, switch_off
+hosts, _ = find_hosts(sys.argv[1])
+look = ["nsenter", "--target", str(hosts.pids[0]), "--net", "ip", "-brief", "link", "show", SWITCH]
+for name in sys.argv[2:]:
+    print("address", subprocess.check_output(look, text=True).split()[2])
+    switch_off(hosts, name)
+"""
 WAITING = ["sh", "-c", "echo started; sleep 600"]
 
 
@@ -231,6 +242,22 @@ def test_down_ends_what_runs_there(tmp_path: Path, names: list[str]) -> None:
 
     ended = interrupted(["run", "--name", names[0], "--", *WAITING], watched, when_started, signal.SIGCONT)
     watched.check_nothing_is_left(ended)
+
+
+@needs_hosts
+def test_the_way_to_the_head_stays_the_same_when_a_host_s_power_goes(names: list[str]) -> None:
+    hosts("up", 3, "--name", names[0]).check()
+    ended = run([sys.executable, "-c", SWITCHING_OFF, names[0], "host1", "host2", "host3"], timeout=60.0).check()
+    addresses = [line for line in ended.stdout.splitlines() if line.startswith("address")]
+    assert len(addresses) == 3
+    assert len(set(addresses)) == 1, ended.output
+
+
+@needs_hosts
+def test_ranks_run_on_the_hosts_that_are_named(names: list[str]) -> None:
+    hosts("up", 3, "--name", names[0]).check()
+    ended = hosts("run", "--name", names[0], "--on", "host1,host3", "--", "hostname").check()
+    assert sorted(ended.stdout.split()) == ["host1", "host3"]
 
 
 def test_without_root_a_line_says_what_to_do() -> None:

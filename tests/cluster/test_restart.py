@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import signal
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.processes import MARK, Watched
-from tests.cli.test_launch import JOB, MPIDL, when_fate_is_met
-from tests.cluster.test_hosts import HOSTS, hosts, needs_hosts, unique
+from tests.cli.test_launch import JOB, MPIDL, weights, when_fate_is_met
+from tests.cluster.test_hosts import HOSTS, SWITCHING_OFF, hosts, needs_hosts, unique
 from tests.launch import Completed, launch, run
 
 pytestmark = [pytest.mark.thorough, needs_hosts]
@@ -26,8 +26,18 @@ LEFT = ["sh", "-c", "ls -d /dev/shm/mpidl-* 2>/dev/null || true"]
 @pytest.fixture
 def name() -> Iterator[str]:
     """Of two hosts that are up."""
+    yield from up(2)
+
+
+@pytest.fixture
+def name_of_three() -> Iterator[str]:
+    """Of three."""
+    yield from up(3)
+
+
+def up(number: int) -> Iterator[str]:
     name = unique()
-    hosts("up", 2, "--name", name).check()
+    hosts("up", number, "--name", name).check()
     yield name
     hosts("down", "--name", name)
 
@@ -59,7 +69,13 @@ def lose_the_host_of(folder: Path, rank: int) -> None:
 
 
 def launched(
-    tmp_path: Path, watched: Watched, first: list[str], second: list[str], *flags: str, fate: str
+    tmp_path: Path,
+    watched: Watched,
+    first: list[str],
+    second: list[str],
+    *flags: str,
+    fate: str,
+    hang_seconds: int = 900,
 ) -> Completed:
     """`mpidl launch` whose launcher has other options from the second start on."""
     script = tmp_path / "launcher"
@@ -72,7 +88,7 @@ def launched(
     command = [*MPIDL, "launch", "--mpirun", str(script), *flags, *MPIDL, "train", *JOB, str(tmp_path / "run")]
     # Hosts have /dev/shm of their own; a folder of the test's would be one that they share.
     env = {key: value for key, value in watched.env.items() if key != "MPIDL_SHM_DIR"}
-    command += ["--group-size", "1", "--checkpoint-every", "0"]
+    command += ["--group-size", "1", "--checkpoint-every", "0", "--hang-seconds", str(hang_seconds)]
     return run(command, env=env | {"FATE": fate}, timeout=300.0)
 
 
@@ -93,12 +109,36 @@ def test_a_lost_host_s_part_comes_from_the_next_host(tmp_path: Path, name: str, 
     assert "goes on from what the nodes have kept, after iteration 3; there is no checkpoint" in ended.output, (
         ended.output
     )
-    sums = [
-        hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-        for folder in (reference, tmp_path / "run")
-    ]
-    assert sums[0] == sums[1], ended.output
+    assert weights(reference) == weights(tmp_path / "run"), ended.output
     assert not hosts("run", "--name", name, "-n", "2", "--", *LEFT).check().stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "lost", "second"),
+    [("host1,host2,host3", 0, "host2,host3"), ("host1,host2", 1, "host1,host3")],
+    ids=["of three, rank 0's", "of two, and a third takes its place"],
+)
+def test_without_a_host_that_has_lost_its_power_others_end_with_the_undisturbed_bits(
+    tmp_path: Path, name_of_three: str, first: str, lost: int, second: str
+) -> None:
+    launch(1, [*MPIDL, "train", *JOB, str(tmp_path / "reference")]).check()
+    watched = Watched(tmp_path)
+
+    def lose() -> None:
+        time.sleep(1.0)  # the others come so far, too
+        run([sys.executable, "-c", SWITCHING_OFF, name_of_three, f"host{lost + 1}"], timeout=60.0).check()
+
+    losing = when_fate_is_met(tmp_path, lose)
+    starts = [["--name", name_of_three, "--on", on] for on in (first, second)]
+    ended = launched(
+        tmp_path, watched, starts[0], starts[1], "--restarts", "1", fate=f"sleep once:{lost}:11", hang_seconds=4
+    )
+    losing.join()
+    ended.check()
+    assert "a node may be lost; starts again" in ended.output, ended.output
+    assert "goes on from what the nodes have kept, after iteration" in ended.output, ended.output
+    assert weights(tmp_path / "run") == weights(tmp_path / "reference"), ended.output
+    assert not hosts("run", *starts[1], "--", *LEFT).check().stdout
 
 
 def test_what_ranks_have_kept_on_other_hosts_is_removed_in_the_end(tmp_path: Path, name: str) -> None:
