@@ -25,7 +25,8 @@ def describe(states: Sequence[RankState], silent_hosts: Sequence[tuple[str, Sequ
         )
     places = _grouped(waiting)
     if not lines and len(places) > 1:
-        lines.append("no rank computes, and they wait for different things: do all ranks make the same calls?")
+        wire = ", or is a connection between hosts dead" * (len({state.host for state in states}) > 1)
+        lines.append(f"no rank computes, and they wait for different things: do all ranks make the same calls{wire}?")
     elif not lines and waiting:
         lines.append(
             "all ranks wait for each other in the same place: a connection between hosts may be dead, or a message lost"
