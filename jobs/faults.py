@@ -7,7 +7,7 @@
 A launcher is a word, `=`, and the environment whose Python and MPI it uses; LAUNCHERS has those that are known. A case
 is a small training, or a loop of one's own, of three ranks, one of which meets the fate that FATE names
 (tests/cli/jobs/parts.py); it leaves a file when it does, and from then on the time counts until no process of the job
-is left. As root, for small file systems, emulated hosts and Slurm.
+is left. As root, for small file systems, control groups, emulated hosts and Slurm.
 """
 
 from __future__ import annotations
