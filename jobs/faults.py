@@ -175,7 +175,6 @@ NOTES = {
     2: (["openmpi", "ulfm"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
     3: (["srun"], ["a stopped process (SIGSTOP)"]),
     4: (["srun"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
-    5: (["srun"], ["an own loop whose ranks call different collectives"]),
 }
 """Number of a note of docs/faults.md -> launchers and cases of which it says why."""
 
@@ -365,7 +364,9 @@ _TOLD = re.compile(
 _LAUNCHERS_OWN = re.compile(
     r"^.*(?:mpidl: interrupted|BAD TERMINATION|exited on signal|lost communication|Killed|srun: error).*$", re.M
 )
-_CULPRIT = re.compile(r"^  ((?:rank \d+ \(|\d ranks? waits?|no rank|nothing is heard|nobody|all ranks wait).*)$", re.M)
+_CULPRIT = re.compile(
+    r"^  ((?:rank \d+ \(|\d ranks? waits?|no rank|nothing is heard|nobody|all ranks (?:here )?wait).*)$", re.M
+)
 LONGEST = 130
 
 

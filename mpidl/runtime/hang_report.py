@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from mpidl.runtime.activity import ENDING, PHASES, RankState
 
 
-def describe(states: Sequence[RankState], silent_hosts: Sequence[tuple[str, Sequence[int]]] = ()) -> list[str]:
+def describe(
+    states: Sequence[RankState], silent_hosts: Sequence[tuple[str, Sequence[int]]] = (), *, is_alone: bool = False
+) -> list[str]:
     """The lines of a report: whoever does not wait for others first, with its stack; then those that wait.
 
     Args:
         states: of the ranks that are known of.
         silent_hosts: nodes that nothing was heard of: (host, its ranks).
+        is_alone: whether there are other nodes, which cannot be asked.
     """
     culprits = [state for state in states if not waits(state)]
     waiting = [state for state in states if waits(state)]
@@ -27,6 +30,10 @@ def describe(states: Sequence[RankState], silent_hosts: Sequence[tuple[str, Sequ
     if not lines and len(places) > 1:
         wire = ", or is a connection between hosts dead" * (len({state.host for state in states}) > 1)
         lines.append(f"no rank computes, and they wait for different things: do all ranks make the same calls{wire}?")
+    elif not lines and is_alone:
+        lines.append(
+            "all ranks here wait for those of other nodes; mpidl.watch takes a folder by which these can be asked"
+        )
     elif not lines and waiting:
         lines.append(
             "all ranks wait for each other in the same place: a connection between hosts may be dead, or a message lost"

@@ -270,7 +270,7 @@ class Watchdog:
         usual = "" if usual_s < 0 else f"; an iteration usually takes {usual_s:.2g} s"
         title = f"nothing has moved{where} for {quiet_s:.0f} s{usual}"
         all_states.sort(key=lambda state: state.rank)
-        lines = hang_report.describe(all_states, silent)
+        lines = hang_report.describe(all_states, silent, is_alone=is_alone)
         if survives:
             lines.append("whoever does not wait is killed; the others go on")
         code = EXIT_HUNG if ends and not survives else None

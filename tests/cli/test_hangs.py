@@ -78,6 +78,7 @@ def test_such_an_own_loop_is_ended_on_several_nodes_too(tmp_path: Path, *, has_f
     errors = [line for line in ended.stderr.splitlines() if line.startswith("mpidl: error: nothing has moved")]
     assert len(errors) == 1, "one report for all nodes, or of the lowest for itself\n" + ended.output
     assert ("2 ranks wait (ranks 0, 2)" in ended.stderr) == has_folder, ended.output
+    assert ("all ranks here wait for those of other nodes" in ended.stderr) != has_folder, ended.output
     assert "--resume" not in ended.stderr, ended.output
     watched.check_nothing_is_left(ended)
 
