@@ -13,9 +13,10 @@ for far longer than an iteration usually takes (`notice_after`), the speaker rai
 3. *judge*: it looks again at everything. If any node has moved since, there is no hang. Else the lowest node that is
    heard prints one report (`hang_report.py`), with the stacks of those that do not wait for others (`stacks.py`).
 4. *end*: if nothing has moved anywhere for `hang_seconds`, and on_hang is "end", the lowest speaker aborts the job with
-   code EXIT_HUNG. Should that fail, each speaker kills the stopped ranks of its node some seconds later, and every
-   process whose node's speaker has judged so ends itself. A node that is still there then was perhaps the only one
-   whose output anybody sees (the link to the lowest one is dead): before it ends, it tells and aborts as well.
+   code EXIT_HUNG; the others tell on meanwhile, as it may hear later than they. Should that fail, each speaker kills
+   the stopped ranks of its node some seconds later, and every process whose node's speaker has judged so ends itself. A
+   node that is still there then was perhaps the only one whose output anybody sees (the link to the lowest one is
+   dead): before it ends, it tells and aborts as well.
 
 Where the others go on without a lost rank (`ulfm.py`), speakers kill those that keep the others waiting in 4, and the
 job ends only if there is none.
@@ -390,7 +391,7 @@ class Watchdog:
         # In C, so that it works while MPI_Abort keeps the interpreter's lock.
         faulthandler.dump_traceback_later(OTHERS_END_S + 2 * END_S, exit=True, file=sys.stderr)
         if tell is not None:
-            time.sleep(OTHERS_END_S)
+            self._tell_on(states)
             tell()
         time.sleep(0.1)  # the report must get out
         threading.Thread(target=self._abort, args=(code,), daemon=True).start()
@@ -401,6 +402,14 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(state.pid, signal.SIGKILL)
         self._leave(code)
+
+    def _tell_on(self, states: Sequence[RankState]) -> None:
+        """Wait for whoever is to end the job, and be heard meanwhile: that node may have begun to listen just now."""
+        files = self._run_files()
+        for _ in range(int(OTHERS_END_S / LOOK_S)):
+            time.sleep(LOOK_S)
+            if files is not None:
+                files.tell(self._quiet_s(time.monotonic()), True, lambda: states)
 
     def _leave(self, code: int) -> NoReturn:
         """End this process, of which its guard has nothing to say."""
