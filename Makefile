@@ -101,8 +101,8 @@ bench: setup  ## Measure mpidl beside its peers on BENCH_RANKS=2 ranks, in small
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench plan --repeats 3 $(ARGS)
 	$(MPIRUN) -n $(BENCH_RANKS) $(BIN)/mpidl bench checkpoint --millions 8 --repeats 3 $(ARGS)
 
-soak: setup  ## Kill a training a hundred times and look at its checkpoints; ARGS="--kills 10" for fewer.
-	$(BIN)/python jobs/soak.py --mpirun "$(MPIRUN)" $(ARGS)
+soak: setup  ## Kill a hundred times: with MPI=openmpi ranks, that others go on without, else jobs; ARGS="--kills 10".
+	$(BIN)/python jobs/soak.py --mpirun "$(MPIRUN)" $(if $(filter openmpi,$(MPI)),--in-place --ranks 4) $(ARGS)
 
 check: setup  ## Lint, format, types, layers, spelling, scripts.
 	$(BIN)/ruff check

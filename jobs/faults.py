@@ -45,6 +45,8 @@ LOOP = ["tests/cli/jobs/own_loop.py", "6"]
 ENDING = ["--data", f"{PARTS}:ending_digits"]
 HANG = ["--hang-seconds", "4", "--end-when", "iterations(60)"]
 LOSS = ["--end-when", "iterations(60)"]
+EIGHT = ["--end-when", "iterations(8)", "--balance", "off"]  # of three partitions of rank 1 each
+WRITING = ["--checkpoint-every", "iterations(1)"]
 FEW = ["--checkpoint-every", "iterations(2)", "--end-when", "iterations(6)"]
 START_S, LIMIT_S, GONE_S = 170.0, 80.0, 5.0
 """How long a job may take until its fate is met, then until all is over, and its control group until it is gone."""
@@ -94,6 +96,10 @@ CASES = [
     Case("a killed rank", [*TRAIN, *LOSS], "kill:1:3"),
     Case("a killed rank 0", [*TRAIN, *LOSS], "kill:0:3"),
     Case("two of three ranks killed at once", [*TRAIN, *LOSS], "kill:0+1:3"),
+    Case("a second one killed 1 s after the first", [*TRAIN, *LOSS], "kill in turn:0+1:3"),
+    Case("a killed rank, in the first iteration", [*TRAIN, *LOSS], "kill:1:1"),
+    Case("a killed rank, in the last iteration", [*TRAIN, *EIGHT], "kill:1:24"),
+    Case("a rank killed while checkpoints are written", [*TRAIN, *LOSS, *WRITING], "kill:1:9"),
     Case("a rank killed where the launcher does not mind", [*TRAIN, *HANG], "kill:1:9", is_deaf=True, within_s=HUNG_S),
     Case("a rank that leaves with `os._exit(3)`", [*TRAIN, *HANG], "leave:1:9", within_s=HUNG_S),
     Case("a lost host", [*TRAIN, *HANG], "mark:2:9", on_hosts=True, loses_host=True, within_s=HUNG_HOSTS_S),

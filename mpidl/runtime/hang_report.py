@@ -28,16 +28,16 @@ def describe(
         )
     places = _grouped(waiting)
     if not lines and len(places) > 1:
-        wire = ", or is a connection between hosts dead" * (len({state.host for state in states}) > 1)
+        wire = ", or is a connection between hosts dead" * (is_alone or len({state.host for state in states}) > 1)
         lines.append(f"no rank computes, and they wait for different things: do all ranks make the same calls{wire}?")
     elif not lines and is_alone:
-        lines.append(
-            "all ranks here wait for those of other nodes; mpidl.watch takes a folder by which these can be asked"
-        )
+        lines.append("all ranks here wait for those of other nodes")
     elif not lines and waiting:
         lines.append(
             "all ranks wait for each other in the same place: a connection between hosts may be dead, or a message lost"
         )
+    if is_alone and not culprits:
+        lines.append("other nodes cannot be asked: mpidl.watch takes a folder for that, the Trainer a run_dir")
     for place, members in places:
         longest = max(state.waits_s or 0.0 for state in members)
         lines.append(f"{_who(members)} in {place}, for {longest:.0f} s")

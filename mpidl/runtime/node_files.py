@@ -3,7 +3,7 @@
 A node's file `hang/node-00003.json` has the job's key, a count that grows with every writing, whether the node has an
 alarm, for how long nothing has moved there, and what its ranks do. Only a file whose count has grown since `listen`
 counts as heard: what an earlier alarm, or another job, has left says nothing. Clocks of hosts are not compared. A
-file system that fails makes a node silent, nothing else.
+file system that fails makes a node silent, nothing else; one that blocks keeps its watchdog from telling as well.
 
 `hang/lost-00007.json` is of rank 7's guard (`mpidl/guard.py`): the rank was killed.
 """

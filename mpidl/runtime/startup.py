@@ -80,13 +80,13 @@ def watch(
         ConfigError: a value is none of these, or the folder cannot be made.
     """
     check_watch(hang_seconds, on_hang)
-    folder = None if run_dir is None else pathlib.Path(run_dir)
+    init()
+    folder = None if run_dir is None else pathlib.Path(run_dir).absolute()
     if folder is not None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make the folder {folder}: {error.strerror}; give another run_dir") from None
-    init()
     assert _watchdog is not None, "init starts it"
     _watchdog.settings = WatchSettings(hang_seconds, on_hang, folder, is_training, survives)
 

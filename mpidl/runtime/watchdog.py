@@ -13,10 +13,10 @@ for far longer than an iteration usually takes (`notice_after`), the speaker rai
 3. *judge*: it looks again at everything. If any node has moved since, there is no hang. Else the lowest node that is
    heard prints one report (`hang_report.py`), with the stacks of those that do not wait for others (`stacks.py`).
 4. *end*: if nothing has moved anywhere for `hang_seconds`, and on_hang is "end", the lowest speaker aborts the job with
-   code EXIT_HUNG; the others tell on meanwhile, as it may hear later than they. Should that fail, each speaker kills
-   the stopped ranks of its node some seconds later, and every process whose node's speaker has judged so ends itself. A
-   node that is still there then was perhaps the only one whose output anybody sees (the link to the lowest one is
-   dead): before it ends, it tells and aborts as well.
+   code EXIT_HUNG; all tell on meanwhile, as another may have begun to hear just now. Should that fail, each speaker
+   kills the stopped ranks of its node some seconds later, and every process whose node's speaker has judged so ends
+   itself. A node that is still there then was perhaps the only one whose output anybody sees (the link to the lowest
+   one is dead): before it ends, it tells and aborts as well.
 
 Where the others go on without a lost rank (`ulfm.py`), speakers kill those that keep the others waiting in 4, and the
 job ends only if there is none.
@@ -205,6 +205,11 @@ class Watchdog:
         return notice_after(self.settings.hang_seconds, max(float(row[USUAL_S]) for row in self._rows.values()))
 
     @property
+    def _is_alone(self) -> bool:
+        """Whether there are other nodes, which cannot be asked."""
+        return self._num_nodes > 1 and self.settings.run_dir is None
+
+    @property
     def _alone_s(self) -> float:
         """After which a node that cannot ask the others ends the job, the lowest one first."""
         return ALONE_TIMES * self.settings.hang_seconds + (END_S if self._node else 0.0)
@@ -231,10 +236,12 @@ class Watchdog:
             files.withdraw()
 
     def _is_due(self, quiet_s: float) -> bool:
-        """Whether there is something to report: a hang, that it is certain now, or that it lasts twice as long."""
-        limits_s = (self.settings.hang_seconds, self._alone_s)
-        is_certain_now = any(self._reported_s < limit_s <= quiet_s for limit_s in limits_s)
-        return not self._reported_s or is_certain_now or quiet_s >= 2 * self._reported_s
+        """Whether there is something to report: a hang, that it is certain or over now, or lasts twice as long."""
+        certain_s = self.settings.hang_seconds
+        ends_s = self._alone_s if self._is_alone and self.settings.on_hang == "end" else certain_s
+        is_now = any(self._reported_s < limit_s <= quiet_s for limit_s in (certain_s, ends_s))
+        lasts = quiet_s >= 2 * self._reported_s and not certain_s <= quiet_s < ends_s
+        return not self._reported_s or is_now or lasts
 
     # --- hearing and judging --------------------------------------------------------------------------------------
 
@@ -259,7 +266,7 @@ class Watchdog:
         if not self.settings.is_training and not any(state.waits_s is not None for state in all_states):
             return  # a loop of one's own that rests
         self._reported_s = quiet_s
-        is_alone = self._num_nodes > 1 and self.settings.run_dir is None
+        is_alone = self._is_alone
         ends = self.settings.on_hang == "end" and quiet_s >= self.settings.hang_seconds
         if is_alone and all(hang_report.waits(state) for state in states):
             ends = ends and quiet_s >= self._alone_s
@@ -355,7 +362,7 @@ class Watchdog:
 
     def _gone_nodes(self) -> list[str]:
         """Lines about nodes whose ranks were all killed, if this node is the lowest that is left."""
-        files = self._run_files()
+        files = self._run_files() if self._num_nodes > 1 else None  # the file system may be what hangs
         lost = {} if files is None else files.lost()
         ranks = {node: [r for r, its in enumerate(self._node_of) if its == node] for node in set(self._node_of)}
         gone = sorted(node for node, own in ranks.items() if lost.keys() >= set(own))
@@ -391,11 +398,11 @@ class Watchdog:
         # In C, so that it works while MPI_Abort keeps the interpreter's lock.
         faulthandler.dump_traceback_later(OTHERS_END_S + 2 * END_S, exit=True, file=sys.stderr)
         if tell is not None:
-            self._tell_on(states)
+            self._tell_on(OTHERS_END_S, states)
             tell()
         time.sleep(0.1)  # the report must get out
         threading.Thread(target=self._abort, args=(code,), daemon=True).start()
-        time.sleep(END_S)
+        self._tell_on(END_S, states)
         # Not before: a launcher that sees a rank killed ends the job with that rank's code.
         for state in states:
             if state.process == "stopped":
@@ -403,10 +410,10 @@ class Watchdog:
                     os.kill(state.pid, signal.SIGKILL)
         self._leave(code)
 
-    def _tell_on(self, states: Sequence[RankState]) -> None:
-        """Wait for whoever is to end the job, and be heard meanwhile: that node may have begun to listen just now."""
-        files = self._run_files()
-        for _ in range(int(OTHERS_END_S / LOOK_S)):
+    def _tell_on(self, seconds: float, states: Sequence[RankState]) -> None:
+        """Wait for the job's end, and be heard meanwhile: another node may have begun to listen just now."""
+        files = self._run_files() if self._num_nodes > 1 else None
+        for _ in range(int(seconds / LOOK_S)):
             time.sleep(LOOK_S)
             if files is not None:
                 files.tell(self._quiet_s(time.monotonic()), True, lambda: states)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpidl
-from mpidl.errors import DataError, LayoutError
+from mpidl.errors import ConfigError, DataError, LayoutError
 from mpidl.runtime import World
 from tests.mpi import reference
 from tests.mpi.cases import ADAM, NESTEROV, NUM_FEATURES, SGD, classes, dense, made, normalised
@@ -485,3 +485,8 @@ def test_broadcast_object_gives_every_rank_the_roots(world: World) -> None:
     root = world.size - 1
     assert mpidl.broadcast_object({"rank": world.rank}) == {"rank": 0}
     assert mpidl.broadcast_object([world.rank], root) == [root]
+
+
+def test_a_folder_for_the_watchdogs_that_cannot_be_made_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"cannot make the folder /proc/none: .*; give another run_dir"):
+        mpidl.watch(600.0, "warn", "/proc/none")

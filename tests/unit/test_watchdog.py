@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -258,13 +259,22 @@ def test_a_node_tells_only_after_the_one_that_has_to_did_not_end_the_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, done = hanging(monkeypatch, [0, 1], settings(tmp_path), culprit=1), list[str]()
-    monkeypatch.setattr(job.clock, "sleep", lambda seconds: done.append(f"{seconds:g} s"))
+    counts = []
+
+    def sleep(seconds: float) -> None:
+        job.clock.now += seconds
+        done.append(f"{seconds:g} s")
+        with contextlib.suppress(FileNotFoundError):
+            counts.append(json.loads((tmp_path / "hang" / "node-00001.json").read_text())["count"])
+
+    monkeypatch.setattr(job.clock, "sleep", sleep)
     monkeypatch.setattr(Watchdog, "_print", lambda self, *_: done.append(f"rank {self._rank} tells"))
     job.watch(99)
     done.clear()
     job.watch(30)
     assert done.count("rank 0 tells") == done.count("rank 1 tells") == 1, done
     assert done[: done.index("rank 1 tells")].count("1 s") == watchdog.OTHERS_END_S, done
+    assert counts[-1] - counts[0] > watchdog.OTHERS_END_S / node_files.TELL_S / 2, "it is heard all the time"
 
 
 def test_a_silent_node_does_not_keep_a_hang_from_being_ended(
@@ -308,8 +318,12 @@ def test_nodes_that_cannot_ask_each_other_end_a_job_whose_ranks_all_wait_for_twi
     assert "nothing has moved on host1" in capsys.readouterr().err
     assert not job.codes
     job.watch(3)
-    assert capsys.readouterr().err.count("mpidl: error: nothing has moved on host0 for 20") == 1, "the lowest ends it"
-    assert job.codes == [("abort", EXIT_HUNG), ("exit", EXIT_HUNG)]
+    told = capsys.readouterr().err
+    assert told.count("nothing has moved") == told.count("mpidl: error: nothing has moved on host0 for 20") == 1, told
+    assert job.codes == [("abort", EXIT_HUNG), ("exit", EXIT_HUNG)], "the lowest ends it"
+    job.watch(6)
+    assert capsys.readouterr().err.count("mpidl: error: nothing has moved on host1 for 20") == 1, "should that fail"
+    assert job.codes[2:] == [("abort", EXIT_HUNG), ("exit", EXIT_HUNG)]
 
 
 @pytest.mark.parametrize("on_hang", ["end", "warn"])

@@ -119,7 +119,9 @@ class EndingNet(NoisyNet):
             sys.exit(3)
         if self.how == "kill late":
             time.sleep(1.0)  # the others come so far, too
-        if self.how in ("kill", "kill once", "kill late", "stop"):
+        if self.how == "kill in turn":
+            time.sleep(float(mpidl.rank()))
+        if self.how in ("kill", "kill in turn", "kill once", "kill late", "stop"):
             os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else signal.SIGKILL)
         if self.how == "leave":
             os._exit(3)
