@@ -85,8 +85,8 @@ PATIENCE_S = 10.0
 """How long a node waits for what the others tell."""
 END_S = 5.0
 """How long MPI_Abort may take."""
-OTHERS_END_S = 2 * (PATIENCE_S + END_S)
-"""And how long others wait for who is to call it: it may judge somewhat later."""
+OTHERS_END_S = PATIENCE_S + END_S
+"""And how long others wait for who is to call it: it may judge later, where a node is silent."""
 ON_HANG = ("end", "warn")
 
 
