@@ -254,7 +254,7 @@ class Checkpoints:
         for name, value in self._identity().items():
             if kept[name] != value:
                 raise on_all_ranks(
-                    CheckpointError(
+                    ConfigError(
                         f"{path} was written with {name} {kept[name]}, this run has {value}; resume with the same"
                     )
                 )

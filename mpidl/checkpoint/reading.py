@@ -1,8 +1,8 @@
 """Reading checkpoints, on any number of ranks: each rank reads, and checks, the chunks that hold what it needs.
 
 Nothing of a checkpoint reaches model or optimizer before all ranks have read and checked their parts, so a damaged one
-changes nothing and an older one can be tried. What is damaged is a `DamagedError`; what is whole and does not fit this
-model, optimizer or run is another `CheckpointError`.
+changes nothing and an older one can be tried. What is damaged is a `DamagedError`; where it is whole and does
+not fit this model, optimizer or run, the settings are to blame: a `ConfigError`.
 
 Nothing is unpickled: numbers are taken as numbers, from the places that the manifest names.
 """
@@ -29,7 +29,7 @@ from mpidl.checkpoint.manifest import read_manifest
 from mpidl.checkpoint.publication import plain_options
 from mpidl.checkpoint.snapshot import rest_of
 from mpidl.checkpoint.transfer import PIECE_BYTES, SUM_BYTES, Bytes, checksum, go_direct, pages, read_at
-from mpidl.errors import CheckpointError, DamagedError
+from mpidl.errors import ConfigError, DamagedError
 from mpidl.parameters import ParameterManager
 from mpidl.parameters.layout import Piece
 from mpidl.parameters.state import group_options
@@ -210,7 +210,7 @@ def load(manager: ParameterManager, path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: on every rank: it is not what was written; nothing was changed.
-        CheckpointError: on every rank: it is of another model or optimizer; nothing was changed.
+        ConfigError: on every rank: it is of another model or optimizer; nothing was changed.
     """
     world = manager.world.for_purpose("checkpoint")
     with world.agreed(f"loading {path}"):
@@ -246,14 +246,14 @@ def install(
 
 
 def check_fits(manager: ParameterManager, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless what is said of model and optimizer is true of the manager's."""
+    """Raise ConfigError unless what is said of model and optimizer is true of the manager's."""
     given = [(name, tuple(shape)) for name, shape in manifest["tensors"]]
     own = [(slot.name, slot.shape) for slot in manager.layout.slots]
     if given != own or manifest["layout"] != manager.layout.digest():
-        raise CheckpointError(f"{path} is of another model: {_first_difference(given, own)}")
+        raise ConfigError(f"{path} is of another model: {_first_difference(given, own)}")
     kind = type(manager.optimizer).__name__
     if manifest["optimizer"]["class"] != kind or len(manifest["optimizer"]["options"]) != len(manager.param_groups):
-        raise CheckpointError(
+        raise ConfigError(
             f"{path} is of {manifest['optimizer']['class']} with {len(manifest['optimizer']['options'])} param "
             f"groups, this run has {kind} with {len(manager.param_groups)}"
         )
@@ -266,7 +266,7 @@ def _check_options(manager: ParameterManager, path: pathlib.Path, manifest: Mapp
         own = json.loads(json.dumps(plain_options(options)))
         for key, value in manifest["optimizer"]["options"][index].items():
             if key in own and own[key] != value and key not in ("lr", "initial_lr"):
-                raise CheckpointError(
+                raise ConfigError(
                     f"{path} was written with {key} {value} in param group {index}, this run has {own[key]}; resume "
                     "with the same"
                 )
@@ -364,12 +364,10 @@ def _read_own_rest(
     own, found = rest_of(manager)[0], read_rest(path, manifest)
     for name, value in found.items():
         if name not in own or own[name].shape != value.shape or own[name].dtype != value.dtype:
-            raise CheckpointError(
-                f"{path} holds {name} {tuple(value.shape)} {value.dtype}, which this model does not have"
-            )
+            raise ConfigError(f"{path} holds {name} {tuple(value.shape)} {value.dtype}, which this model does not have")
     missing = sorted(own.keys() - found.keys())
     if missing:
-        raise CheckpointError(f"{path} does not hold {missing[0]}, which this model has; it is of another model")
+        raise ConfigError(f"{path} does not hold {missing[0]}, which this model has; it is of another model")
     return [(own[name].detach(), value) for name, value in found.items()]
 
 

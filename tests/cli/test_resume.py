@@ -163,9 +163,9 @@ def test_what_does_not_fit_the_run_is_refused(killed: Path, tmp_path: Path) -> N
     assert "seed = 0" in before
     resume = ["train", "--resume", str(run_dir)]
     cases = {
-        "another seed": (4, [*resume, "--seed", "1"], "was written with seed 0, this run has 1"),
-        "other partitions": (4, [*resume, "--partitions", "4"], "was written with partitions 8, this run has 4"),
-        "another optimizer": (4, [*resume, "--optimizer", "sgd"], "is of AdamW"),
+        "another seed": (2, [*resume, "--seed", "1"], "was written with seed 0, this run has 1"),
+        "other partitions": (2, [*resume, "--partitions", "4"], "was written with partitions 8, this run has 4"),
+        "another optimizer": (2, [*resume, "--optimizer", "sgd"], "is of AdamW"),
         "another directory": (2, [*resume, "--run-dir", "other"], "leave out --run-dir"),
         "a job file": (2, [*resume, "jobs/digits.toml"], "leave out jobs/digits.toml"),
         "no run": (2, ["train", "--resume", str(tmp_path)], "is not a run directory"),
