@@ -185,7 +185,9 @@ def how_to_resume(facts: Mapping[str, Any] | None = None) -> str:
         facts: `tell`'s; default: this rank's own.
     """
     run_dir = (_facts if facts is None else facts).get("run_dir")
-    return f"; mpidl train --resume {run_dir} goes on from the newest checkpoint" if run_dir else ""
+    if not run_dir or not pathlib.Path(run_dir, "config.toml").is_file():  # it had not begun
+        return ""
+    return f"; mpidl train --resume {run_dir} goes on from the newest checkpoint"
 
 
 def _end(code: int) -> NoReturn:

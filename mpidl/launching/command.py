@@ -28,6 +28,8 @@ class Command:
     """Of `mpidl train`, for the first start."""
     training: Training
     run_dir: pathlib.Path
+    given_launcher: str | None = None
+    """As the user has written it."""
 
     def line(self, ranks: int | None, announced: local_folder.Announced | None, *, resumes: bool) -> list[str]:
         """The command of the next start.
@@ -67,7 +69,7 @@ def make(launcher: str | None, words: Sequence[str], read: Callable[[Sequence[st
     run_dir = _made(training)
     if training.run_dir == "auto":
         arguments = [*arguments, "--run-dir", str(run_dir)]
-    return Command(found, program, arguments, training, run_dir)
+    return Command(found, program, arguments, training, run_dir, launcher)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,7 +111,7 @@ def _made(training: Training) -> pathlib.Path:
 
 def _make_dir(path: pathlib.Path, *, may_exist: bool) -> pathlib.Path:
     try:
-        path.mkdir(parents=True, exist_ok=may_exist)
+        path.mkdir(mode=0o700, parents=True, exist_ok=may_exist)
     except OSError as error:
         if isinstance(error, FileExistsError) and not may_exist:
             raise

@@ -172,10 +172,14 @@ class Course:
     def _say_end(self, end: End, verdict: Verdict) -> None:
         if not verdict.reason:
             return
-        number = "" if self._ranks is None else f" -n {self._ranks}"
-        program = shlex.join([*self._command.program, "train"])
+        given = self._command.given_launcher
+        options = [] if given is None else ["--mpirun", given]
+        options += [] if self._ranks is None else ["-n", str(self._ranks)]
+        again = shlex.join(
+            ["mpidl", "launch", *options, *self._command.program, "train", "--resume", str(self._run_dir)]
+        )
         can_resume = self._stamp(CONFIG_FILE) is not None and verdict.code not in HOPELESS
-        resume = f"; mpidl launch{number} {program} --resume {self._run_dir} goes on" if can_resume else ""
+        resume = f"; {again} goes on" if can_resume else ""
         lost = self._describe(end) if end.asked is None else ""
         _say(f"{lost}{verdict.reason}{resume}")
 

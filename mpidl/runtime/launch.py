@@ -20,7 +20,7 @@ from typing import Any
 
 import cloudpickle
 
-from mpidl.errors import LaunchError
+from mpidl.errors import ConfigError, LaunchError
 from mpidl.runtime.faults import run_command
 from mpidl.runtime.launcher import launched_size, without_launcher
 
@@ -66,8 +66,11 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
 
     Raises:
         LaunchError: called on a rank of an MPI job, or no mpirun, or the time is over.
+        ConfigError: n is no number of ranks.
         RemoteError: a rank failed.
     """
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"n is {n!r}; it must be a number of ranks, 1 at least")
     if (launched_size() or 1) > 1:
         raise LaunchError("mpidl.run starts ranks of its own; it cannot be called under mpirun")
     with tempfile.TemporaryDirectory(prefix="mpidl-run-") as name:

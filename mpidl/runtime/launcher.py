@@ -90,6 +90,16 @@ def two_libraries(packages: tuple[str, ...], environment: Mapping[str, str] = os
     )
 
 
+def wrong_mpirun(packages: tuple[str, ...], environment: Mapping[str, str] = os.environ) -> str | None:
+    """The message where Open MPI's mpirun has started an environment of MPICH, whose own says nothing; else None."""
+    if packages != ("mpich",) or environment.get("MPI4PY_LIBMPI") or "OMPI_COMM_WORLD_SIZE" not in environment:
+        return None
+    return (
+        "Open MPI's mpirun cannot start MPICH, the MPI library of this environment. Use the mpirun of MPICH (in a "
+        "virtual environment: its own bin/mpirun), or under Slurm `srun --mpi=pmi2`; see `mpidl doctor`"
+    )
+
+
 def mismatch(expected: int | None, actual: int, library: str) -> str | None:
     """The message for ranks that cannot see each other, or None when all is well."""
     if expected is None or expected == actual:

@@ -163,6 +163,8 @@ def _watch(world: World) -> Watchdog:
 def _start(threads_per_rank: int | None, is_strict: bool) -> World:
     if both := launcher.two_libraries(launcher.mpi_packages()):
         raise faults.told_once(LaunchError("; ".join(both)))
+    if wrong := launcher.wrong_mpirun(launcher.mpi_packages()):
+        raise faults.told_once(LaunchError(wrong))
     ulfm.prepare()
     MPI = _import_mpi()
     library = " ".join(MPI.Get_library_version().splitlines()[0].strip("\x00").split())

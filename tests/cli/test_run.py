@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+import mpidl
+from mpidl.errors import ConfigError
 from tests.cli.processes import Watched
 from tests.launch import launch, run
 
@@ -99,3 +104,9 @@ def test_run_is_refused_under_mpirun(tmp_path: Path) -> None:
     code = "import mpidl\ntry:\n    mpidl.run(print, n=2)\nexcept mpidl.errors.LaunchError as error:\n    print(error)"
     ended = launch(2, [sys.executable, "-c", f"import mpidl.errors\n{code}"], cwd=tmp_path).check()
     assert ended.stdout.count("it cannot be called under mpirun") == 2
+
+
+@pytest.mark.parametrize("n", [0, -1, "2"])
+def test_a_number_of_ranks_that_is_none_is_refused(n: Any) -> None:
+    with pytest.raises(ConfigError, match=f"n is {n!r}; it must be a number of ranks"):
+        mpidl.run(print, n=n)

