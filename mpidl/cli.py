@@ -113,6 +113,8 @@ def _config_of_replay(parsed: argparse.Namespace) -> Config:
 
 def _config_file(run_dir: str) -> Path:
     file = Path(run_dir) / CONFIG_FILE
+    if not Path(run_dir).exists():
+        raise ConfigError(f"{run_dir} does not exist; give the folder of a run")
     if not file.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}; give the folder of a run")
     return file
@@ -207,6 +209,8 @@ def export(parsed: argparse.Namespace) -> None:
     source, weights = checkpoint.find_weights(run_dir, epoch=parsed.checkpoint)
     name = "weights" if parsed.checkpoint is None else f"weights-{parsed.checkpoint}"
     output = Path(parsed.output) if parsed.output else run_dir / f"{name}.safetensors"
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: the folder {output.parent} does not exist")
     checkpoint.save_weights(weights, output)
     print(f"{len(weights)} tensors of {source} written to {output}")
     if parsed.optimizer_state:

@@ -43,7 +43,12 @@ class Console:
         made = tables.table(title, rows, headers)
         if headers and tables.least_width(made, self.out) > self.out.width:
             tables.unframe(made)
-        self.out.print(made)
+        if self.out.is_terminal:
+            self.out.print(made)
+            return
+        with self.out.capture() as captured:
+            self.out.print(made)
+        self.print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
 
     def fit(self) -> None:
         """Take the terminal's width anew: the user may have resized the window."""

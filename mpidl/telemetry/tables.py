@@ -47,6 +47,8 @@ def duration(seconds: float) -> str:
 
 def measure(name: str, value: object) -> str:
     """A metric for people: accuracies in percent, other numbers with five significant digits."""
+    if name == "samples":
+        return count(float(str(value)))
     if isinstance(value, float):
         return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.5g}"
     return count(value) if isinstance(value, int) else str(value)
