@@ -206,11 +206,12 @@ def export(parsed: argparse.Namespace) -> None:
     from mpidl import checkpoint
 
     run_dir = Path(parsed.run_dir)
+    for given in filter(None, (parsed.output, parsed.optimizer_state)):
+        if not Path(given).parent.is_dir():
+            raise ConfigError(f"cannot write {given}: the folder {Path(given).parent} does not exist")
     source, weights = checkpoint.find_weights(run_dir, epoch=parsed.checkpoint)
     name = "weights" if parsed.checkpoint is None else f"weights-{parsed.checkpoint}"
     output = Path(parsed.output) if parsed.output else run_dir / f"{name}.safetensors"
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: the folder {output.parent} does not exist")
     checkpoint.save_weights(weights, output)
     print(f"{len(weights)} tensors of {source} written to {output}")
     if parsed.optimizer_state:

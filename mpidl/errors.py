@@ -48,7 +48,7 @@ class LaunchError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or belongs to another model; or it cannot be written, at any time.
+    """A checkpoint is missing or damaged; or it cannot be written, at any time.
 
     Exit code 4: another start may do better, once there is room on the disk again.
     """

@@ -36,7 +36,7 @@ import platform
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -132,7 +132,7 @@ def _told(reading: int) -> dict[str, Any]:
 def _report(code: int, facts: dict[str, Any]) -> None:
     """Write the end down where somebody wants to know; print the loss."""
     run_dir = pathlib.Path(facts.get("run_dir", os.devnull))
-    if (run_dir / ENDS).is_dir():
+    if _is_so((run_dir / ENDS).is_dir):
         _write(run_dir / ENDS / f"rank-{facts['rank']:05d}.json", {**facts, "code": code})
     if not is_loss(code, facts):
         return
@@ -149,6 +149,13 @@ def is_loss(code: int, facts: Mapping[str, Any]) -> bool:
         facts: what it told while it lived.
     """
     return code < 0 or ("size" in facts and "has_said" not in facts)
+
+
+def _is_so(looks: Callable[[], bool]) -> bool:
+    """What a file system says; no, where it fails."""
+    with contextlib.suppress(OSError):
+        return looks()
+    return False
 
 
 def _write(file: pathlib.Path, facts: Mapping[str, Any]) -> None:
@@ -178,14 +185,15 @@ def describe_loss(code: int, facts: Mapping[str, Any]) -> str:
     return f"{who} was killed by signal {-code}{name}{hint}{how_to_resume(facts)}"
 
 
-def how_to_resume(facts: Mapping[str, Any] | None = None) -> str:
-    """The end of a line about a loss: the command that goes on; empty without a run directory.
+def how_to_resume(facts: Mapping[str, Any] | None = None, *, looks: bool = True) -> str:
+    """The end of a line about a loss: the command that goes on; empty without a run of `mpidl train`.
 
     Args:
         facts: `tell`'s; default: this rank's own.
+        looks: whether the run has begun; not where the file system may be what hangs.
     """
     run_dir = (_facts if facts is None else facts).get("run_dir")
-    if not run_dir or not pathlib.Path(run_dir, "config.toml").is_file():  # it had not begun
+    if not run_dir or (looks and not _is_so(pathlib.Path(run_dir, "config.toml").is_file)):
         return ""
     return f"; mpidl train --resume {run_dir} goes on from the newest checkpoint"
 

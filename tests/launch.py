@@ -139,7 +139,7 @@ def mpirun() -> str:
     own = Path(sys.prefix) / "bin" / "mpirun"
     found = str(own) if own.exists() else shutil.which("mpirun")
     if found is None:
-        pytest.fail("no mpirun here or in PATH; install one: pip install mpidl[mpich]", pytrace=False)
+        pytest.fail("no mpirun here or in PATH; install one: pip install mpich", pytrace=False)
     return found
 
 

@@ -84,7 +84,7 @@ def mpirun_line(hosts: Hosts, args: argparse.Namespace) -> tuple[list[str], dict
         env["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), env["PATH"]])
     mpirun = shutil.which("mpirun", path=env["PATH"])
     if mpirun is None:
-        raise HostsError("no mpirun in PATH; activate an environment that has one: pip install mpidl[mpich]")
+        raise HostsError("no mpirun in PATH; activate an environment that has one: pip install mpich")
     is_open_mpi = "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
     where = ",".join(f"{name}:{count}" for name, count in zip(names, counts, strict=True) if count)
     options = (open_mpi if is_open_mpi else mpich)(where, str(Path(__file__).resolve().with_name("enter.sh")))

@@ -19,7 +19,7 @@ def check(file: str) -> None:
         ConfigError: matplotlib is not installed, or the file's ending names no format.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"--picture {file} needs matplotlib: pip install 'mpidl[bench]'; or leave --picture out")
+        raise ConfigError(f"--picture {file} needs matplotlib: pip install matplotlib; or leave --picture out")
     if Path(file).suffix not in FORMATS:
         raise ConfigError(f"--picture {file}: the name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 

@@ -75,7 +75,7 @@ from mpidl.checkpoint.reading import check_fits
 from mpidl.checkpoint.slots import NUM_SLOTS, NUMBERS_BYTES, Slot
 from mpidl.checkpoint.snapshot import rest_of
 from mpidl.checkpoint.transfer import checksum
-from mpidl.errors import MALFORMED, CheckpointError
+from mpidl.errors import MALFORMED, ConfigError
 from mpidl.parameters import ParameterManager
 from mpidl.parameters.layout import Piece
 from mpidl.runtime import SharedMemoryError, World, on_all_ranks, warn
@@ -364,7 +364,7 @@ class LocalFiles:
                     own[rank] = found
         if choice.common == self._world.rank:
             start = choice.series, choice.iteration
-            with contextlib.suppress(OSError, UnfitError, CheckpointError, *UNKEPT, *MALFORMED):
+            with contextlib.suppress(OSError, UnfitError, ConfigError, *UNKEPT, *MALFORMED):
                 found_common = self._read_common(self._commons[start])
                 if self._is_fit(found_common) and fits(found_common.state):
                     common = found_common

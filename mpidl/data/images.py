@@ -201,7 +201,7 @@ def _check(size: object, resize: object, switches: dict[str, bool]) -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise ConfigError("images are decoded with Pillow, which is not installed: pip install mpidl[images]") from None
+        raise ConfigError("images are decoded with Pillow, which is not installed: pip install pillow") from None
     if type(size) is not int or size < 1:
         raise ConfigError(f"images: size is {size!r}; give an integer of at least 1")
     if type(resize) is not int or resize < size:

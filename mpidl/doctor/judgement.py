@@ -46,7 +46,7 @@ def _of_software(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"MPI cannot be loaded: {facts.library_error}",
-            "pip install mpidl[mpich], or load the site's MPI module",
+            "pip install mpich, or load the site's MPI module",
         )
 
 

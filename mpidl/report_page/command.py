@@ -53,7 +53,7 @@ def read(inputs: list[str]) -> tuple[list[Run], list[Bench]]:
 def _check(output: Path) -> None:
     """See that the page can be drawn, and that it replaces nothing but a page."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("mpidl report draws with matplotlib, which is not installed: pip install 'mpidl[bench]'")
+        raise ConfigError("mpidl report draws with matplotlib, which is not installed: pip install matplotlib")
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output {output}: the name must end in .html, since what has the name is replaced")
     if not output.parent.is_dir():

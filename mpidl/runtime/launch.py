@@ -41,7 +41,7 @@ def mpirun() -> str:
     own = pathlib.Path(sys.prefix) / "bin" / "mpirun"
     found = str(own) if own.exists() else shutil.which("mpirun")
     if not found:
-        raise LaunchError("there is no mpirun; install an MPI with `pip install mpidl[mpich]`, or load the site's")
+        raise LaunchError("there is no mpirun; install an MPI with `pip install mpich`, or load the site's")
     return found
 
 
@@ -69,7 +69,7 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
         ConfigError: n is no number of ranks.
         RemoteError: a rank failed.
     """
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
         raise ConfigError(f"n is {n!r}; it must be a number of ranks, 1 at least")
     if (launched_size() or 1) > 1:
         raise LaunchError("mpidl.run starts ranks of its own; it cannot be called under mpirun")

@@ -86,17 +86,20 @@ def two_libraries(packages: tuple[str, ...], environment: Mapping[str, str] = os
         return None
     return (
         f"{' and '.join(packages)} are both installed; each brings bin/mpirun, one of them is lost",
-        "make a new environment with one of them: pip install mpidl[mpich]; or name the library in MPI4PY_LIBMPI",
+        "make a new environment with one of them: pip install mpich; or name the library in MPI4PY_LIBMPI",
     )
 
 
 def wrong_mpirun(packages: tuple[str, ...], environment: Mapping[str, str] = os.environ) -> str | None:
     """The message where Open MPI's mpirun has started an environment of MPICH, whose own says nothing; else None."""
-    if packages != ("mpich",) or environment.get("MPI4PY_LIBMPI") or "OMPI_COMM_WORLD_SIZE" not in environment:
+    if packages != ("mpich",) or environment.get("MPI4PY_LIBMPI"):
+        return None
+    if environment.get("OMPI_COMM_WORLD_SIZE", "1") == "1":
         return None
     return (
         "Open MPI's mpirun cannot start MPICH, the MPI library of this environment. Use the mpirun of MPICH (in a "
-        "virtual environment: its own bin/mpirun), or under Slurm `srun --mpi=pmi2`; see `mpidl doctor`"
+        "virtual environment: its own bin/mpirun), or under Slurm `srun --mpi=pmi2`, or name the library in "
+        "MPI4PY_LIBMPI; see `mpidl doctor`"
     )
 
 

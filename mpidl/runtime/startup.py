@@ -251,7 +251,7 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"MPI cannot be loaded: {error}; install one with `pip install mpidl[mpich]`, or load the site's MPI "
+            f"MPI cannot be loaded: {error}; install one with `pip install mpich`, or load the site's MPI "
             "module; see `mpidl doctor`"
         ) from error
     return MPI

@@ -321,10 +321,7 @@ class Watchdog:
 
     def _print(self, title: str, lines: Sequence[str], code: int | None) -> None:
         """One report; with a code, the job ends with it."""
-        run_dir = self.settings.run_dir
-        has_run = run_dir is not None and self.settings.is_training
-        resume = "" if not has_run else f"; mpidl train --resume {run_dir} goes on from the newest checkpoint"
-        end = [] if code is None else [f"all ranks end with code {code}{resume}"]
+        end = [] if code is None else [f"all ranks end with code {code}{guard.how_to_resume(looks=False)}"]
         kind = "warning" if code is None else "error"
         text = "\n".join([f"mpidl: {kind}: {title}", *(f"  {line}" for line in [*lines, *end])])
         print(text, file=sys.stderr, flush=True)

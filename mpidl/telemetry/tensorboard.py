@@ -22,9 +22,7 @@ _PLACES = ("epoch", "iteration", "iterations", "samples")
 def check_tensorboard() -> None:
     """Raise ConfigError where TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(
-            "tensorboard is asked for, and is not installed: pip install 'mpidl[tensorboard]', or leave it out"
-        )
+        raise ConfigError("tensorboard is asked for, and is not installed: pip install tensorboard, or leave it out")
 
 
 class TensorBoard:

@@ -252,14 +252,30 @@ def test_nan_stops_all_ranks_at_its_iteration_and_leaves_the_last_checkpoint(tmp
     assert int(weights["norm.num_batches_tracked"]) == per_epoch
 
 
-@pytest.mark.parametrize("args", [["train"], ["doctor"]], ids=["train", "doctor"])
-def test_processes_that_each_believe_to_be_alone_are_told_so_once(args: list[str], tmp_path: Path) -> None:
+SLURM_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+"""What srun leaves, also where it has no plugin for the MPI; and size and rank."""
+
+
+@pytest.mark.parametrize(("args", "starter"), [(["train"], "mpirun"), (["train"], "srun"), (["doctor"], "mpirun")])
+def test_processes_that_each_believe_to_be_alone_are_told_so_once(
+    args: list[str], starter: str, tmp_path: Path
+) -> None:
     """The environment of another MPI's launcher: each process sees itself as one of one."""
     size, rank = ("PMI_SIZE", "PMI_RANK") if is_open_mpi() else ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+    more = SLURM_STEP if starter == "srun" else {}
+    if starter == "srun":
+        size, rank = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"
     watched = Watched(tmp_path)
-    ended = [run([*MPIDL, *args], env={**watched.env, size: "2", rank: str(number)}, cwd=tmp_path) for number in (0, 1)]
+    ended = [
+        run([*MPIDL, *args], env={**watched.env, **more, size: "2", rank: str(number)}, cwd=tmp_path)
+        for number in (0, 1)
+    ]
     assert [each.returncode for each in ended] == ([2, 2] if args[0] == "train" else [1, 0])
-    alone = "each process believes to be alone" if is_open_mpi() else "Open MPI's mpirun cannot start MPICH"
+    alone = (
+        "each process believes to be alone"
+        if is_open_mpi() or starter == "srun"
+        else "Open MPI's mpirun cannot start MPICH"
+    )
     told = alone if args[0] == "train" else "problem: "
     assert [each.output.count(told) for each in ended] == [1, 0], ended[0].output + ended[1].output
     assert "mpirun" in ended[0].output.partition(told)[2]

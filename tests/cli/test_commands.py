@@ -223,6 +223,10 @@ def test_what_is_not_there_is_named(trained: tuple[Path, Completed], tmp_path: P
         "no such epoch": (["export", str(run_dir), "--checkpoint", "7"], "checkpoints there: 1, 2, 3"),
         "no run to export": (["export", str(tmp_path)], "does not hold a checkpoint"),
         "no run to evaluate": (["evaluate", str(tmp_path)], "is not a run directory"),
+        "no folder": (
+            ["export", str(run_dir), "--output", "none/x"],
+            "cannot write none/x: the folder none does not exist",
+        ),
         "no such command": (["trian"], "did you mean train?"),
         "no command": ([], "COMMAND"),
         "no checkpoint": (["evaluate", str(run_dir), "--weights", str(tmp_path)], "does not hold a checkpoint"),

@@ -215,7 +215,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(mon
     with pytest.raises(ConfigError, match=r"must end in \.png, \.svg or \.pdf"):
         picture.check("x.jpeg")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs matplotlib: pip install 'mpidl\[bench\]'"):
+    with pytest.raises(ConfigError, match=r"needs matplotlib: pip install matplotlib"):
         picture.check("x.png")
 
 

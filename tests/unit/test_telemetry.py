@@ -126,6 +126,7 @@ def test_a_log_gets_plain_ascii_lines_that_never_wrap(capsys: pytest.CaptureFixt
     assert out.isascii()
     assert "\x1b" not in out
     lines = out.splitlines()
+    assert all(line == line.rstrip() for line in lines)
     assert "epoch 1/3  iteration 23  1,437 samples  0.0 s  20,311 samples/s  loss 0.5000" in lines
     assert "epoch 1/3  validation  loss 0.25  accuracy 97.50 %" in lines
     assert "mpidl: warning: [bold] " + "x" * 200 in lines
@@ -571,3 +572,7 @@ def test_the_time_left_follows_what_was_done_lately() -> None:
         status.apply("group", {**GROUP, "iteration": 10 + second}, 100.0 + second)
     assert status.seconds_left(190.0) == 900.0
     assert status.seconds_left(195.0) == 895.0
+
+
+def test_samples_are_counted_as_everywhere_else() -> None:
+    assert tables.measure("samples", 123456.0) == "123,456"
