@@ -182,6 +182,7 @@ NOTES = {
     2: (["openmpi", "ulfm"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
     3: (["srun"], ["a stopped process (SIGSTOP)"]),
     4: (["srun"], ["a lost host", "a dead link of a host", "a dead link of rank 0's host"]),
+    5: (["mpich", "openmpi", "srun"], ["two of three ranks killed at once"]),
 }
 """Number of a note of docs/faults.md -> launchers and cases of which it says why."""
 
