@@ -249,7 +249,7 @@ class Checkpoints:
         kept = checkpoint.load(self._manager, path)
         missing = sorted({*_POSITION, *self._identity()} - kept.keys())
         if missing:
-            raise on_all_ranks(CheckpointError(f"{path} is not one of a training: it lacks {', '.join(missing)}"))
+            raise on_all_ranks(ConfigError(f"{path} is not one of a training: it lacks {', '.join(missing)}"))
         self.take_threads(kept)
         for name, value in self._identity().items():
             if kept[name] != value:

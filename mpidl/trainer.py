@@ -43,7 +43,7 @@ class Trainer:
             ReduceLROnPlateau is stepped after every validation with its loss (another metric, or a warm-up before:
             `mpidl.scheduling.Plateau`).
         param_groups: as torch's.
-        seed: of the order of samples, of augmentation and of dropout.
+        seed: of the order of samples, of augmentation and of dropout; the initial weights are the model's.
         reduction: "ordered", "mpi", "driver", "tree" or "allreduce", as `ParameterManager` has them.
         wire: what travels between nodes: "float32" or "bfloat16".
         balance: whether partitions move from slow ranks to fast ones as the run goes on. "auto": where that changes no

@@ -223,7 +223,7 @@ def test_wrong_arguments_for_images_are_refused(tmp_path: Path, args: dict[str, 
         load_named("images", str(tmp_path), args)
 
 
-def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ConfigError, match=r"Pillow, which is not installed: pip install pillow"):
