@@ -268,10 +268,10 @@ def doctor(parsed: argparse.Namespace) -> int:
 
 def _show_examined(facts: Facts, is_json: bool) -> int:
     """Print facts and findings; returns the exit code."""
-    from mpidl.doctor import judgement, tables
+    from mpidl.doctor import allocation, judgement, tables
     from mpidl.telemetry import Console
 
-    findings, console = judgement.diagnose(facts), Console()
+    findings, console = [*judgement.diagnose(facts), *allocation.found_before()], Console()
     if is_json:
         console.print(tables.as_json(facts, findings))
     else:

@@ -17,6 +17,7 @@ import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from mpidl.errors import ConfigError
@@ -46,6 +47,9 @@ LAYER_WISE = ("lars", "lamb")
 
 # Ranks may differ in these without the run's numbers depending on it.
 _LOCAL_FIELDS = ("data_dir", "run_dir", "loader_workers", "progress")
+
+_NONE = "none"
+"""What a flag takes back a setting with that need not be there, such as one of the run that is resumed."""
 
 _TYPE_NAMES = {
     str: "a string", int: "an integer", float: "a number", bool: "true or false",
@@ -391,7 +395,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] | None = Non
     group = parser.add_argument_group("settings (a flag wins over the job file)")
     for name in names or field_names():
         field, types, words = _fields()[name]
-        metavar = "|".join([kind.__name__.upper() for kind in types if kind in _TYPE_NAMES] + list(words))
+        none = [_NONE] if NoneType in types else []
+        metavar = "|".join([kind.__name__.upper() for kind in types if kind in _TYPE_NAMES] + list(words) + none)
         shown = f" (default: {shown_default(field)})" if shown_default(field) else ""
         group.add_argument(
             f"--{name.replace('_', '-')}",
@@ -431,6 +436,8 @@ def _flag_value(name: str, text: str) -> object:
 
 def _parse(name: str, text: str) -> object:
     _, types, words = _fields()[name]
+    if NoneType in types and text == _NONE:
+        return None
     if int in types and str in types and re.fullmatch(r"[+-]?\d+", text):
         return int(text)  # of epochs, where any other text is a trigger
     if text in words or str in types or not types:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from mpidl.doctor.software import PLUGINS, family_of, probe_library
 from mpidl.runtime import launched_size
@@ -14,6 +16,8 @@ from mpidl.runtime.diagnosis import Finding
 from mpidl.runtime.slurm import Slurm, output_of
 
 _STEP_LIMIT_MIN = 2
+_FOUND = "MPIDL_DOCTOR_FOUND"
+"""The variable by which the job step gets what was found before it, to report it with the rest."""
 
 
 def job_step(flags: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> list[str] | None:
@@ -63,7 +67,12 @@ def examine(step: Sequence[str]) -> int:
     """Run the job step, which prints what it finds; returns its exit code."""
     out = sys.stderr if "--json" in step else sys.stdout  # where the document is all that may stand
     print(f"in one job step: {' '.join(step)}", file=out, flush=True)
-    code = subprocess.run(step, stdin=subprocess.DEVNULL, check=False).returncode
-    if finding := default_plugin_finding(step, output_of(["scontrol", "show", "config"])):
-        print(finding, file=out, flush=True)
-    return code
+    finding = default_plugin_finding(step, output_of(["scontrol", "show", "config"]))
+    told = {} if finding is None else {_FOUND: json.dumps(asdict(finding))}
+    return subprocess.run(step, stdin=subprocess.DEVNULL, check=False, env={**os.environ, **told}).returncode
+
+
+def found_before(environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """What `examine` found before it started the job step in which this process is."""
+    text = environment.get(_FOUND)
+    return [] if text is None else [Finding(**json.loads(text))]

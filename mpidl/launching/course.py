@@ -52,6 +52,7 @@ class Course:
         self._ranks = ranks
         self._wanted: int | None = None
         """The ranks of the next start, where it was asked for."""
+        self._restarts = restarts
         self._count = Count(restarts, self._newest())
         self._announced = local_folder.announcement(self._run_dir) if restarts else None
         """Where ranks keep their state for another start."""
@@ -175,6 +176,7 @@ class Course:
         given = self._command.given_launcher
         options = [] if given is None else ["--mpirun", given]
         options += [] if self._ranks is None else ["-n", str(self._ranks)]
+        options += ["--restarts", str(self._restarts)] if self._restarts else []
         again = shlex.join(
             ["mpidl", "launch", *options, *self._command.program, "train", "--resume", str(self._run_dir)]
         )

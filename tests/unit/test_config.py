@@ -126,9 +126,17 @@ def test_flags_are_converted_to_their_fields_types() -> None:
     }  # fmt: skip
 
 
+def test_a_flag_takes_back_what_the_job_file_sets(tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text("end_when = 'reached(\"accuracy\", 0.9)'\nmax_seconds = 60\nclip_norm = 1.0\nkeep_last = 2\n")
+    flags = parse("--end-when", "none", "--max-seconds", "none", "--clip-norm", "none", "--keep-last", "none")
+    assert load(job, flags) == Config()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--lr", "none"), "--lr is 'none', must be a number"),
         (("--epochs", "two"), "--epochs is 'two', must be an integer"),
         (("--epochs", "0"), "--epochs: epochs is 0, must be at least 1"),
         (("--group-size", "x"), "--group-size is 'x', must be an integer or 'auto'"),

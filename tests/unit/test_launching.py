@@ -149,7 +149,7 @@ def test_a_rank_that_left_without_a_word_is_named_and_the_training_started_again
     told = capfd.readouterr().err
     assert "lost rank 1 on node07; starts again from the beginning" in told
     assert "lost rank 1 on node07; no restarts are left; " in told
-    assert f"; mpidl launch --mpirun {mpirun} -n 3 mpidl train --resume {run_dir} goes on" in told
+    assert f"; mpidl launch --mpirun {mpirun} -n 3 --restarts 1 mpidl train --resume {run_dir} goes on" in told
 
 
 def test_a_rank_that_said_why_it_left_is_not_lost(
@@ -168,7 +168,7 @@ def test_restarts_without_progress_are_bounded(
     assert len(lines(tmp_path)) == MOST_STARTS
     told = capfd.readouterr().err
     assert f"no new checkpoint in {MOST_STARTS} starts in a row: gives up" in told
-    assert f" -n 3 mpidl train --resume {run_dir} goes on" in told
+    assert f" -n 3 --restarts 9 mpidl train --resume {run_dir} goes on" in told
 
 
 def test_there_are_as_many_restarts_as_were_asked_for(
