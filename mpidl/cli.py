@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpidl import bench as benchmarks
-from mpidl import command_line, completion, guard, launching, local_folder, report_page
+from mpidl import command_line, completion, guard, launching, local_folder, report_page, standby
 from mpidl import config as configuration
 from mpidl._version import __version__
 from mpidl.command_line import is_printing, parse
@@ -146,6 +146,8 @@ def train(parsed: argparse.Namespace) -> int:
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job, runtime
 
+    if parsed.standby is not None and not standby.wait(world, standby.Gate(Path(parsed.standby))):
+        return 0
     run_dir, give_back = None, None
     with world.agreed("making the run directory"):
         if world.rank == 0 and parsed.resume:

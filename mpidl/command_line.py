@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mpidl import bench, completion, config, examples, launching, local_folder, report_page
+from mpidl import bench, completion, config, examples, launching, local_folder, report_page, standby
 from mpidl._version import __version__
 from mpidl.errors import ConfigError
 
@@ -120,6 +120,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", metavar="RUN_DIR", help="go on after the newest checkpoint of this run")
     train.add_argument("--replay", metavar="RUN_DIR", help="carry out the plans of this run again, as they were")
     train.add_argument(local_folder.FLAG, dest="announced", help=argparse.SUPPRESS)
+    train.add_argument(standby.FLAG, help=argparse.SUPPRESS)
     config.add_flags(train)
 
 

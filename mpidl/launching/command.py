@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 
-from mpidl import local_folder
+from mpidl import local_folder, standby
 from mpidl.errors import ConfigError
 from mpidl.launching.flags import Training
 from mpidl.runtime.launch import mpirun
@@ -31,17 +31,31 @@ class Command:
     given_launcher: str | None = None
     """As the user has written it."""
 
-    def line(self, ranks: int | None, announced: local_folder.Announced | None, *, resumes: bool) -> list[str]:
+    @property
+    def starts_beside(self) -> bool:
+        """Whether the launcher starts ranks where others run; Slurm gives a job step's cores to no other one."""
+        return pathlib.PurePath(self.launcher[0]).name != "srun"
+
+    def line(
+        self,
+        ranks: int | None,
+        announced: local_folder.Announced | None,
+        *,
+        resumes: bool,
+        gate: standby.Gate | None = None,
+    ) -> list[str]:
         """The command of the next start.
 
         Args:
             ranks: how many; None: the launcher knows.
             announced: where they keep their state for another start; None: nowhere.
             resumes: whether a start before it has begun the run.
+            gate: where they wait until those of the start before have left; None: there are none.
         """
         anew = self.training.is_resumed or not resumes
         arguments = self.arguments if anew else ["--resume", str(self.run_dir)]
         told = [] if announced is None else [local_folder.FLAG, str(announced)]
+        told += [] if gate is None else [standby.FLAG, str(gate.path)]
         return [*self._start(ranks), *self.program, "train", *arguments, *told]
 
     def removal(self, ranks: int | None, path: pathlib.Path) -> list[str]:

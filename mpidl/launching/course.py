@@ -17,7 +17,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from mpidl import local_folder
+from mpidl import local_folder, standby
 from mpidl.config import CONFIG_FILE, FINISHED
 from mpidl.errors import EXIT_LOST, MALFORMED
 from mpidl.guard import ENDS, die_with_parent, is_loss
@@ -31,10 +31,23 @@ _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LOOK_S = 0.2
 _AGAIN_S = 1.0
 """After which SIGTERM is sent once more: ranks that listen take the first one as a wish to stop."""
+_READY_S = 600.0
+"""How long new ranks may take to get ready beside those that train."""
 _REMOVAL_S = 20.0
 """How long a launcher may take to remove what was kept on its nodes: one that is gone does not answer."""
 _ENDS_S = 10.0
 """How long the launcher may then take to end all ranks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Next:
+    """A start that gets ready while the one before trains."""
+
+    ranks: int
+    process: subprocess.Popen[bytes]
+    gate: standby.Gate
+    ready_by: float
+    """time.monotonic"""
 
 
 class Course:
@@ -51,7 +64,9 @@ class Course:
         self._run_dir = command.run_dir
         self._ranks = ranks
         self._wanted: int | None = None
-        """The ranks of the next start, where it was asked for."""
+        """The ranks of the next start, where the ranks were stopped for it."""
+        self._next: Next | None = None
+        self._num_gates = 0
         self._restarts = restarts
         self._count = Count(restarts, self._newest())
         self._announced = local_folder.announcement(self._run_dir) if restarts else None
@@ -89,19 +104,17 @@ class Course:
     # --- one start ------------------------------------------------------------------------------------------------
 
     def _start(self) -> End:
-        """Start the launcher, and wait for its end."""
+        """Start the launcher, or let the ranks begin that are ready; wait for its end."""
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
             self._ends.mkdir(mode=0o700)
-        announced = self._announced and dataclasses.replace(self._announced, is_restart=self._has_begun)
         finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
-        parent = os.getpid()
-        self._process = subprocess.Popen(
-            self._command.line(self._ranks, announced, resumes=self._has_begun),
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-            preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
-        )
+        following, self._next = self._next, None
+        if following is not None and following.process.poll() is None:
+            self._process = following.process
+            following.gate.say(standby.GO)
+        else:
+            self._process = self._launch(self._ranks)
         if self._asked is not None:  # in between
             self._process.send_signal(signal.SIGTERM)
         code = self._wait(self._process)
@@ -117,6 +130,18 @@ class Course:
             is_resized=self._wanted is not None,
         )
 
+    def _launch(self, ranks: int | None, gate: standby.Gate | None = None) -> subprocess.Popen[bytes]:
+        announced = self._announced and dataclasses.replace(
+            self._announced, is_restart=self._has_begun or gate is not None
+        )
+        parent = os.getpid()
+        return subprocess.Popen(
+            self._command.line(ranks, announced, resumes=self._has_begun or gate is not None, gate=gate),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
+        )
+
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,6 +151,7 @@ class Course:
                 self._force = signal.SIGKILL
                 self._end_by += _ENDS_S
             self._look_for_request(process)
+            self._look_after_next(process)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals: they stop the ranks with a checkpoint, and end them when they come again."""
@@ -148,27 +174,73 @@ class Course:
         most = self._command.training.partitions
         if not text.isdecimal() or not 1 <= int(text) <= most:
             _say(f"{file} says {text[:20]!r}; it takes a number from 1 to {most}, the partitions; nothing is changed")
-        elif int(text) == self._ranks:
+        elif int(text) == self._ranks and self._wanted is None:
+            self._dismiss_next()
             _say(f"{file} says {text}, as many as there are; nothing is changed")
-        elif self._wanted is None:
-            self._wanted = int(text)
-            _say(f"stops with a checkpoint, to go on with {self._wanted} ranks")
-            process.send_signal(signal.SIGUSR1)
         else:
-            self._wanted = int(text)
+            self._prepare(int(text), process)
+
+    def _prepare(self, ranks: int, process: subprocess.Popen[bytes]) -> None:
+        """Get other ranks ready beside the ones that train, or, where that cannot be, stop these first."""
+        if self._wanted is not None:  # they stop already
+            self._wanted = ranks
+            return
+        self._dismiss_next()
+        if not (self._command.starts_beside and self._stamp(CONFIG_FILE)):
+            self._stop_for(ranks, process)
+            return
+        self._num_gates += 1
+        gate = standby.Gate(self._ends / f"gate-{self._num_gates}")
+        self._next = Next(ranks, self._launch(ranks, gate), gate, time.monotonic() + _READY_S)
+        _say(f"{ranks} ranks get ready, while training goes on")
+
+    def _look_after_next(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop the ranks that train as soon as the next ones are ready."""
+        if self._next is None or self._wanted is not None or self._asked is not None:
+            return
+        code = self._next.process.poll()
+        if code is not None:
+            reason = f"did not start (code {code})"
+        elif self._next.gate.is_ready():
+            self._stop_for(self._next.ranks, process)
+            return
+        elif time.monotonic() > self._next.ready_by:
+            reason = f"were not ready after {_READY_S:g} s"
+        else:
+            return
+        _say(f"{self._next.ranks} ranks {reason}; nothing is changed, training goes on")
+        self._dismiss_next()
+
+    def _stop_for(self, ranks: int, process: subprocess.Popen[bytes]) -> None:
+        self._wanted = ranks
+        _say(f"stops with a checkpoint, to go on with {ranks} ranks")
+        process.send_signal(signal.SIGUSR1)
+
+    def _dismiss_next(self) -> None:
+        """End ranks that get ready for nothing, and forget what their guards have written."""
+        following, self._next = self._next, None
+        if following is None:
+            return
+        following.gate.say(standby.LEAVE)
+        _end(following.process, first_s=_ENDS_S if self._asked is None else 0.0)
+        for file in self._ends.glob("rank-*.json"):
+            file.unlink(missing_ok=True)
 
     # --- between starts -------------------------------------------------------------------------------------------
 
     def _prepare_restart(self, end: End, verdict: Verdict) -> None:
         if verdict.is_counted:
             self._count.restarts_left -= 1
-        self._ranks, self._wanted = self._wanted or self._ranks, None
+        following = None if self._next is None else self._next.ranks
+        self._ranks, self._wanted = self._wanted or following or self._ranks, None
         where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
         keeps = bool(self._kept and self._kept.num_nodes)
         where += ", or from what its nodes have kept since" * keeps
         number = "" if self._ranks is None else f"{',' * keeps} on {self._ranks} ranks"
         left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
         _say(f"{self._describe(end)}starts again {where}{number}{left}")
+        if following != self._ranks:  # it was asked for another number since
+            self._dismiss_next()
 
     def _say_end(self, end: End, verdict: Verdict) -> None:
         if not verdict.reason:
@@ -244,18 +316,26 @@ class Course:
             stderr=subprocess.DEVNULL,
             process_group=0,
         )
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_REMOVAL_S)
-                return
-            process.send_signal(number)
-        process.wait()
+        _end(process, first_s=_REMOVAL_S)
 
     def _tidy(self) -> None:
+        self._dismiss_next()
         self._remove_kept()
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a run lies there
             self._run_dir.rmdir()
+
+
+def _end(process: subprocess.Popen[bytes], first_s: float) -> None:
+    """Wait for a process so long, and end it then."""
+    wait_s = first_s
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            return
+        process.send_signal(number)
+        wait_s = _ENDS_S
+    process.wait()
 
 
 def _say(text: str) -> None:

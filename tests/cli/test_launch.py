@@ -108,8 +108,9 @@ def test_what_killed_ranks_have_kept_is_removed_when_there_are_no_restarts_left(
 def test_a_run_that_grows_ends_with_the_undisturbed_bits(undisturbed: str, tmp_path: Path) -> None:
     watched, run_dir = Watched(tmp_path), tmp_path / "run"
     asking = when_fate_is_met(tmp_path, lambda: (run_dir / "RANKS").write_text("3\n"))
-    ended = launched(1, watched, run_dir, "pause:0:30").check()
+    ended = launched(1, watched, run_dir, "until others are ready:0:30").check()
     asking.join()
+    assert "3 ranks get ready, while training goes on" in ended.stderr, ended.output
     assert "stops with a checkpoint, to go on with 3 ranks" in ended.stderr, ended.output
     assert "on 3 ranks\n" in ended.stderr, ended.output
     assert "3 ranks on 1 node" in ended.stdout, ended.output

@@ -33,6 +33,11 @@ CHECKPOINT = (
 )
 LOSE = """echo '{"rank": 2, "host": "node07", "process": 5, "code": -9}' >"$run/ends/rank-00002.json"; exit 137"""
 FINISH = 'touch "$run/FINISHED"'
+NEXT = (
+    'for gate; do :; done; touch "$gate.ready"; while [ ! -e "$gate.word" ]; do sleep 0.05; done; '
+    'cat "$gate.word" >>"$lines.words"; echo >>"$lines.words"; grep -q go "$gate.word" || exit 0; '
+)
+"""As ranks do that get ready beside others."""
 
 
 @pytest.fixture
@@ -194,14 +199,84 @@ def test_the_file_finished_of_an_earlier_run_does_not_count(launcher: Launcher, 
     assert len(lines(tmp_path)) == 2
 
 
-def test_the_file_ranks_has_the_training_stopped_and_started_on_as_many(
+def test_the_file_ranks_has_others_get_ready_and_take_the_place_of_those_that_train(
     launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; echo 5 >"$run/RANKS"; while :; do sleep 0.05; done"""
-    assert launched(launcher(wait, FINISH), run_dir, "--restarts", "0") == 0
-    assert lines(tmp_path)[1] == f"-n 5 mpidl train --resume {run_dir}"
+    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    assert launched(launcher(wait, NEXT + FINISH), run_dir, "--restarts", "0") == 0
+    assert lines(tmp_path)[1] == f"-n 5 mpidl train --resume {run_dir} --standby {run_dir}/ends/gate-1"
     assert not (run_dir / "RANKS").exists()
-    assert "starts again from epoch-000001 on 5 ranks" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "5 ranks get ready, while training goes on" in told
+    assert "starts again from epoch-000001 on 5 ranks" in told
+    assert words(tmp_path) == ["go"]
+
+
+def test_under_srun_ranks_stop_before_others_start(tmp_path: Path, launcher: Launcher, run_dir: Path) -> None:
+    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    srun = Path(launcher(wait, FINISH)).rename(tmp_path / "srun")
+    assert launched(str(srun), run_dir, "--restarts", "0") == 0
+    assert lines(tmp_path)[1] == f"-n 5 mpidl train --resume {run_dir}"
+
+
+def test_training_goes_on_where_other_ranks_do_not_start(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    end = """echo '{"rank": 2, "host": "node07", "process": 5, "code": -9}' >"$run/ends/rank-00002.json"; exit 9"""
+    wait = f"""{BEGIN} trap 'exit 5' USR1; {ask(5)} while [ ! -e "$run/ends/rank-00002.json" ]; do sleep 0.05; done
+        while [ -e "$run/ends/rank-00002.json" ]; do sleep 0.05; done; {CHECKPOINT} {LOSE}"""
+    assert launched(launcher(wait, end, FINISH), run_dir, "--restarts", "1") == 0
+    told = capfd.readouterr().err
+    assert "5 ranks did not start (code 9); nothing is changed, training goes on" in told
+    assert "lost rank 2 on node07; starts again from epoch-000001 on 3 ranks; restarts left: 0" in told
+    assert len(lines(tmp_path)) == 3
+
+
+def test_ranks_that_get_ready_for_a_training_that_ends_leave(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    late = NEXT.replace("touch", "while [ ! -e $run/FINISHED ]; do sleep 0.05; done; touch", 1)
+    wait = f"""{BEGIN} {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; {FINISH}"""
+    assert launched(launcher(wait, 'touch "$lines.2"; ' + late + "exit 5"), run_dir) == 0
+    assert words(tmp_path) == ["leave"]
+
+
+def test_the_last_number_asked_for_counts(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    never = NEXT.replace('touch "$gate.ready"', 'touch "$lines.2"', 1)
+    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done
+        {ask(2)} while :; do sleep 0.05; done"""
+    assert launched(launcher(wait, never, NEXT + FINISH), run_dir) == 0
+    assert words(tmp_path) == ["leave", "go"]
+    assert lines(tmp_path)[2].startswith("-n 2 ")
+
+
+def test_a_number_taken_back_changes_nothing(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    never = NEXT.replace('touch "$gate.ready"', 'touch "$lines.2"', 1)
+    wait = f"""{BEGIN} trap 'exit 5' USR1; {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done
+        {ask(3)} while [ -e "$run/RANKS" ]; do sleep 0.05; done; {FINISH}"""
+    assert launched(launcher(wait, never), run_dir) == 0
+    assert words(tmp_path) == ["leave"]
+    assert "RANKS says 3, as many as there are; nothing is changed" in capfd.readouterr().err
+
+
+def test_ranks_that_get_ready_take_the_place_of_lost_ones(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    late = 'touch "$lines.2"; while [ ! -e "$lines.3" ]; do sleep 0.05; done; ' + NEXT
+    wait = f"""{BEGIN} {CHECKPOINT} {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; touch "$lines.3"; {LOSE}"""
+    assert launched(launcher(wait, late + FINISH), run_dir, "--restarts", "1") == 0
+    told = capfd.readouterr().err
+    assert "starts again from epoch-000001 on 5 ranks" in told
+    assert words(tmp_path) == ["go"]
+
+
+def ask(ranks: int) -> str:
+    return f'echo {ranks} >"$run/RANKS"; '
+
+
+def words(tmp_path: Path) -> list[str]:
+    """What ranks that got ready were told."""
+    return (tmp_path / "lines.words").read_text().split()
 
 
 @pytest.mark.parametrize("text", ["9", "0", "many", "3"])

@@ -110,7 +110,7 @@ class EndingNet(NoisyNet):
 
     def end(self) -> None:
         fate = Path(os.environ[MARK], f"fate of {mpidl.rank()}")
-        if self.how in ("kill once", "kill late", "pause", "sleep once") and fate.exists():
+        if self.how in ("kill once", "kill late", "pause", "sleep once", "until others are ready") and fate.exists():
             return  # after a restart
         fate.touch()
         if self.how == "raise":
@@ -147,6 +147,12 @@ class EndingNet(NoisyNet):
             mpidl.barrier()
         if self.how == "pause":
             time.sleep(6.0)
+            return
+        if self.how == "until others are ready":
+            deadline = time.monotonic() + 60.0
+            while not list(fate.parent.glob("run/ends/gate-*.ready")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(2.0)  # `mpidl launch` looks, too
             return
         time.sleep(3600)
 

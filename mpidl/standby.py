@@ -1,0 +1,92 @@
+"""Ranks that get ready beside those that train, and take their place: how a training goes on with another number.
+
+`mpidl launch` starts them while the others train (`launching/course.py`), with a gate in their command line, two files
+in the run directory's folder `ends`:
+
+1. *ready*: each new rank has started MPI and loaded what a training needs, torch above all; it touches nothing that is
+   the training's. When all have, their rank 0 makes the gate's first file.
+2. `mpidl launch` stops the others, which write a checkpoint and leave, and judges how they have ended.
+3. *word*: it makes the second file. Rank 0 reads it and sends it on: GO, and they go on from the checkpoint, as every
+   resumed training does; LEAVE, where there is nothing to go on with, and they end well.
+
+Waiting ranks sleep, rank 0 between looks at the file, the others between looks at MPI: the cores are the training's.
+If one of them stops its launcher ends the rest, and `mpidl launch` lets the training go on as it was; it sets no limit
+to the wait for the word: the launcher's end, by whatever cause, ends it.
+
+Importing this loads nothing large.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpidl.runtime import Pending, World
+
+FLAG = "--standby"
+"""Of `mpidl train`, not in its help: takes a `Gate`'s path."""
+GO, LEAVE = "go", "leave"
+_LOOK_S = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Where new ranks wait."""
+
+    path: pathlib.Path
+
+    @property
+    def _ready(self) -> pathlib.Path:
+        return self.path.with_suffix(".ready")
+
+    @property
+    def _word(self) -> pathlib.Path:
+        return self.path.with_suffix(".word")
+
+    def tell_ready(self) -> None:
+        """All new ranks are; for their rank 0."""
+        self._ready.touch()
+
+    def is_ready(self) -> bool:
+        """Whether they are."""
+        return self._ready.exists()
+
+    def say(self, word: str) -> None:
+        """GO or LEAVE; for `mpidl launch`. A folder that cannot be written lets them wait for the launcher's end."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            new = self.path.with_suffix(".new")
+            new.write_text(word)
+            new.rename(self._word)  # so that it is there whole
+
+    def said(self) -> str | None:
+        """GO, LEAVE, or None: nothing yet."""
+        with contextlib.suppress(OSError):
+            return self._word.read_text()
+        return None
+
+
+def wait(world: World, gate: Gate) -> bool:
+    """Wait for the word, or for a signal to stop; returns whether to go on. Collective."""
+    import numpy as np
+
+    from mpidl.runtime import signals
+
+    _sleep_through(world.start_barrier())
+    word = np.zeros(1, np.uint8)
+    if world.rank == 0:
+        gate.tell_ready()
+        while gate.said() is None and signals.received() is None:
+            time.sleep(_LOOK_S)
+        word[0] = gate.said() == GO
+    _sleep_through(world.start_broadcast(word))
+    return bool(word[0])
+
+
+def _sleep_through(pending: Pending) -> None:
+    while not pending.is_over():
+        time.sleep(_LOOK_S)
