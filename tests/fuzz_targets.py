@@ -29,7 +29,7 @@ from mpidl.checkpoint.slots import NUM_SLOTS, Slot
 from mpidl.checkpoint.transfer import checksum
 from mpidl.errors import MALFORMED, DamagedError
 from mpidl.guard import ENDS, HANG
-from mpidl.launching.course import Course
+from mpidl.launching.course import RANKS_FILE, Course
 from mpidl.parameters import Assignment
 from mpidl.report_page.benches import machine_facts, read_bench, tables
 from mpidl.report_page.runs import read_run
@@ -311,6 +311,13 @@ def read_end_file(folder: Path, content: bytes) -> None:
     Course(SimpleNamespace(run_dir=folder), None, 0)._rank_ends()  # type: ignore[arg-type]
 
 
+def read_ranks_file(folder: Path, content: bytes) -> None:
+    (folder / RANKS_FILE).write_bytes(content)
+    command = SimpleNamespace(run_dir=folder, training=SimpleNamespace(partitions=8), starts_beside=False)
+    process = SimpleNamespace(send_signal=lambda number: None)
+    Course(command, 2, 0)._look_for_request(process)  # type: ignore[arg-type]
+
+
 def read_kept_file(folder: Path, content: bytes) -> None:
     (folder / "kept.json").write_bytes(content)
     local_folder.read_kept(folder)
@@ -371,6 +378,7 @@ TARGETS = {
                               read_plan_figures, is_json=True),
     "lost file": Target((lines(LOST),), read_lost_file, is_json=True),
     "end file": Target((lines(LOST),), read_end_file, is_json=True),
+    "RANKS": Target((b"2\n", b"4"), read_ranks_file),
     "kept file": Target((lines({"num_nodes": 2, "host": "vm", "iteration": 3}),), read_kept_file, is_json=True),
     "node file": Target((lines(NODE),), read_node_file, is_json=True),
 }  # fmt: skip

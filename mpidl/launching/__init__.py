@@ -23,9 +23,9 @@ launcher where there are other nodes.
 
 What if. A rank is lost: its guard has named it already; this process says what it does about it. A node is lost: the
 launcher ends sooner or later, or the watchdog ends the job; nobody was there to write an end, and it is judged as a
-loss all the same. This process is killed: the system sends SIGTERM to the launcher, which ends the ranks. Ranks that get ready
-fail: nothing is changed. The training ends, or loses a rank, while others get ready: these are told to leave, or take
-its place where it is started again.
+loss all the same. This process is killed: the system sends SIGTERM to the launcher, which ends the ranks. Ranks that
+get ready fail: nothing is changed. The training ends, or loses a rank, while others get ready: these are told to leave,
+or take its place where it is started again.
 
 Importing this package loads the options only: ranks import it before they have their guards.
 """

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +28,8 @@ from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
 
+_MOST_CHARACTERS = 100
+"""That are read of it."""
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LOOK_S = 0.2
 _AGAIN_S = 1.0
@@ -165,14 +168,15 @@ class Course:
         """Stop the ranks where the file RANKS asks for another number of them."""
         file = self._run_dir / RANKS_FILE
         try:
-            text = file.read_text().strip()
-        except (OSError, ValueError):
+            with file.open(encoding="utf-8", errors="replace") as opened:
+                text = opened.read(_MOST_CHARACTERS).strip()
+        except OSError:
             return
         if not text or self._asked is not None:  # it is just being written, or all ends anyway
             return
         file.unlink(missing_ok=True)
         most = self._command.training.partitions
-        if not text.isdecimal() or not 1 <= int(text) <= most:
+        if not re.fullmatch("[0-9]+", text) or not 1 <= int(text) <= most:
             _say(f"{file} says {text[:20]!r}; it takes a number from 1 to {most}, the partitions; nothing is changed")
         elif int(text) == self._ranks and self._wanted is None:
             self._dismiss_next()
