@@ -142,12 +142,15 @@ def train(parsed: argparse.Namespace) -> int:
     from mpidl.runtime import signals
 
     local_folder.listen(parsed.announced)
+    guard.tell(is_standby=parsed.standby is not None)
     signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job, runtime
 
-    if parsed.standby is not None and not standby.wait(world, standby.Gate(Path(parsed.standby))):
-        return 0
+    if parsed.standby is not None:
+        if not standby.wait(world, standby.Gate(Path(parsed.standby))):
+            return 0
+        guard.tell(is_standby=False)
     run_dir, give_back = None, None
     with world.agreed("making the run directory"):
         if world.rank == 0 and parsed.resume:

@@ -130,7 +130,9 @@ def _told(reading: int) -> dict[str, Any]:
 
 
 def _report(code: int, facts: dict[str, Any]) -> None:
-    """Write the end down where somebody wants to know; print the loss."""
+    """Write the end down where somebody wants to know; print the loss. One who stands by is none of the training's."""
+    if facts.get("is_standby"):
+        return
     run_dir = pathlib.Path(facts.get("run_dir", os.devnull))
     if _is_so((run_dir / ENDS).is_dir):
         _write(run_dir / ENDS / f"rank-{facts['rank']:05d}.json", {**facts, "code": code})

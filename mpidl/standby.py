@@ -10,8 +10,11 @@ in the run directory's folder `ends`:
    resumed training does; LEAVE, where there is nothing to go on with, and they end well.
 
 Waiting ranks sleep, rank 0 between looks at the file, the others between looks at MPI: the cores are the training's.
-If one of them stops its launcher ends the rest, and `mpidl launch` lets the training go on as it was; it sets no limit
-to the wait for the word: the launcher's end, by whatever cause, ends it.
+
+What if. A rank that gets ready fails: its launcher ends the rest; its guard says nothing of a lost rank, which would be
+the training's; `mpidl launch` says that nothing is changed. It fails after the others have left: the number that was
+there before starts again. A rank of the training is lost, or the training ends: those who stand by are told to leave.
+The word cannot be written: `mpidl launch` ends them. `mpidl launch` is killed: the system ends their launcher, as any.
 
 Importing this loads nothing large.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import pathlib
 import time
 from typing import TYPE_CHECKING
@@ -55,13 +59,15 @@ class Gate:
         """Whether they are."""
         return self._ready.exists()
 
-    def say(self, word: str) -> None:
-        """GO or LEAVE; for `mpidl launch`. A folder that cannot be written lets them wait for the launcher's end."""
+    def say(self, word: str) -> bool:
+        """GO or LEAVE, for `mpidl launch`; returns whether it could be written."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             new = self.path.with_suffix(".new")
             new.write_text(word)
             new.rename(self._word)  # so that it is there whole
+            return True
+        return False
 
     def said(self) -> str | None:
         """GO, LEAVE, or None: nothing yet."""
@@ -76,6 +82,7 @@ def wait(world: World, gate: Gate) -> bool:
 
     from mpidl.runtime import signals
 
+    importlib.import_module("torch._dynamo")  # for seconds; torch does it when the first optimizer is made
     _sleep_through(world.start_barrier())
     word = np.zeros(1, np.uint8)
     if world.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import shutil
@@ -33,8 +34,12 @@ class Command:
 
     @property
     def starts_beside(self) -> bool:
-        """Whether the launcher starts ranks where others run; Slurm gives a job step's cores to no other one."""
-        return pathlib.PurePath(self.launcher[0]).name != "srun"
+        """Whether the launcher starts ranks where others run.
+
+        Slurm gives a job step's cores to no other step, and other launchers reach an allocation's nodes by srun.
+        """
+        is_srun = any(pathlib.PurePath(word).name == "srun" for word in self.launcher)
+        return not is_srun and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
 
     def line(
         self,

@@ -18,12 +18,13 @@ import time
 from types import FrameType
 from typing import Any
 
-from mpidl import local_folder, standby
+from mpidl import local_folder
 from mpidl.config import CONFIG_FILE, FINISHED
 from mpidl.errors import EXIT_LOST, MALFORMED
 from mpidl.guard import ENDS, die_with_parent, is_loss
 from mpidl.launching.command import Command
-from mpidl.launching.verdict import HOPELESS, Count, End, Verdict, judge
+from mpidl.launching.verdict import HOPELESS, STOPPED, Count, End, Verdict, judge
+from mpidl.standby import GO, LEAVE, Gate
 
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
@@ -43,14 +44,14 @@ _ENDS_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Next:
-    """A start that gets ready while the one before trains."""
+class Standby:
+    """Ranks that get ready while others train."""
 
     ranks: int
     process: subprocess.Popen[bytes]
-    gate: standby.Gate
+    gate: Gate
     ready_by: float
-    """time.monotonic"""
+    """When they are given up otherwise (time.monotonic)."""
 
 
 class Course:
@@ -68,8 +69,10 @@ class Course:
         self._ranks = ranks
         self._wanted: int | None = None
         """The ranks of the next start, where the ranks were stopped for it."""
-        self._next: Next | None = None
+        self._standby: Standby | None = None
         self._num_gates = 0
+        self._replaced: int | None = None
+        """The ranks whose place others took last."""
         self._restarts = restarts
         self._count = Count(restarts, self._newest())
         self._announced = local_folder.announcement(self._run_dir) if restarts else None
@@ -99,6 +102,9 @@ class Course:
                     self._say_end(end, verdict)
                     return verdict.code
                 self._prepare_restart(end, verdict)
+                if self._asked is not None:  # in between
+                    self._say_end(end, Verdict(False, f"stopped by {self._asked.name}"))
+                    return 128 + signal.SIGINT if self._asked == signal.SIGINT else STOPPED
         finally:
             self._tidy()
             for number, handler in before.items():
@@ -112,12 +118,8 @@ class Course:
         with contextlib.suppress(OSError):  # a full disk: the run directory then says nothing of ranks
             self._ends.mkdir(mode=0o700)
         finished, config = self._stamp(FINISHED), self._stamp(CONFIG_FILE)
-        following, self._next = self._next, None
-        if following is not None and following.process.poll() is None:
-            self._process = following.process
-            following.gate.say(standby.GO)
-        else:
-            self._process = self._launch(self._ranks)
+        taken_over = self._take_over()
+        self._process = taken_over or self._launch(self._ranks)
         if self._asked is not None:  # in between
             self._process.send_signal(signal.SIGTERM)
         code = self._wait(self._process)
@@ -131,9 +133,21 @@ class Course:
             rank_codes=[EXIT_LOST if each["is_loss"] else each["code"] for each in self._rank_ends()],
             asked=self._asked,
             is_resized=self._wanted is not None,
+            took_over=taken_over is not None,
         )
 
-    def _launch(self, ranks: int | None, gate: standby.Gate | None = None) -> subprocess.Popen[bytes]:
+    def _take_over(self) -> subprocess.Popen[bytes] | None:
+        """Let the ranks begin that stand by; None: there are none that can be told."""
+        standby = self._standby
+        if standby is None:
+            return None
+        if not standby.gate.say(GO):
+            self._dismiss()
+            return None
+        self._standby = None
+        return standby.process
+
+    def _launch(self, ranks: int | None, gate: Gate | None = None) -> subprocess.Popen[bytes]:
         announced = self._announced and dataclasses.replace(
             self._announced, is_restart=self._has_begun or gate is not None
         )
@@ -154,7 +168,7 @@ class Course:
                 self._force = signal.SIGKILL
                 self._end_by += _ENDS_S
             self._look_for_request(process)
-            self._look_after_next(process)
+            self._look_after_standby(process)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals: they stop the ranks with a checkpoint, and end them when they come again."""
@@ -179,7 +193,7 @@ class Course:
         if not re.fullmatch("[0-9]+", text) or not 1 <= int(text) <= most:
             _say(f"{file} says {text[:20]!r}; it takes a number from 1 to {most}, the partitions; nothing is changed")
         elif int(text) == self._ranks and self._wanted is None:
-            self._dismiss_next()
+            self._dismiss()
             _say(f"{file} says {text}, as many as there are; nothing is changed")
         else:
             self._prepare(int(text), process)
@@ -189,62 +203,84 @@ class Course:
         if self._wanted is not None:  # they stop already
             self._wanted = ranks
             return
-        self._dismiss_next()
+        if self._standby is not None and self._standby.ranks == ranks:
+            _say(f"{ranks} ranks get ready already")
+            return
+        self._dismiss()
         if not (self._command.starts_beside and self._stamp(CONFIG_FILE)):
             self._stop_for(ranks, process)
             return
         self._num_gates += 1
-        gate = standby.Gate(self._ends / f"gate-{self._num_gates}")
-        self._next = Next(ranks, self._launch(ranks, gate), gate, time.monotonic() + _READY_S)
+        gate = Gate(self._ends / f"gate-{self._num_gates}")
+        try:
+            started = self._launch(ranks, gate)
+        except (OSError, subprocess.SubprocessError) as error:
+            _say(f"{ranks} ranks cannot be started: {error}; nothing is changed, training goes on")
+            return
+        self._standby = Standby(ranks, started, gate, time.monotonic() + _READY_S)
         _say(f"{ranks} ranks get ready, while training goes on")
 
-    def _look_after_next(self, process: subprocess.Popen[bytes]) -> None:
-        """Stop the ranks that train as soon as the next ones are ready."""
-        if self._next is None or self._wanted is not None or self._asked is not None:
+    def _look_after_standby(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop the ranks that train as soon as the others are ready."""
+        standby = self._standby
+        if standby is None or self._wanted is not None or self._asked is not None:
             return
-        code = self._next.process.poll()
+        code = standby.process.poll()
         if code is not None:
             reason = f"did not start (code {code})"
-        elif self._next.gate.is_ready():
-            self._stop_for(self._next.ranks, process)
+        elif standby.gate.is_ready():
+            self._stop_for(standby.ranks, process)
             return
-        elif time.monotonic() > self._next.ready_by:
+        elif time.monotonic() > standby.ready_by:
             reason = f"were not ready after {_READY_S:g} s"
         else:
             return
-        _say(f"{self._next.ranks} ranks {reason}; nothing is changed, training goes on")
-        self._dismiss_next()
+        _say(f"{standby.ranks} ranks {reason}; nothing is changed, training goes on")
+        self._dismiss()
 
     def _stop_for(self, ranks: int, process: subprocess.Popen[bytes]) -> None:
         self._wanted = ranks
         _say(f"stops with a checkpoint, to go on with {ranks} ranks")
         process.send_signal(signal.SIGUSR1)
 
-    def _dismiss_next(self) -> None:
-        """End ranks that get ready for nothing, and forget what their guards have written."""
-        following, self._next = self._next, None
-        if following is None:
-            return
-        following.gate.say(standby.LEAVE)
-        _end(following.process, first_s=_ENDS_S if self._asked is None else 0.0)
-        for file in self._ends.glob("rank-*.json"):
-            file.unlink(missing_ok=True)
+    def _dismiss(self) -> None:
+        """End the ranks that stand by, where there are any."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            leaves = standby.gate.say(LEAVE) and standby.gate.is_ready()
+            _end(standby.process, first_s=_ENDS_S if leaves else 0.0)
 
     # --- between starts -------------------------------------------------------------------------------------------
 
     def _prepare_restart(self, end: End, verdict: Verdict) -> None:
         if verdict.is_counted:
             self._count.restarts_left -= 1
-        following = None if self._next is None else self._next.ranks
-        self._ranks, self._wanted = self._wanted or following or self._ranks, None
+        failed = self._choose_ranks(end)
         where = f"from {self._count.checkpoint}" if self._count.checkpoint else "from the beginning"
         keeps = bool(self._kept and self._kept.num_nodes)
         where += ", or from what its nodes have kept since" * keeps
         number = "" if self._ranks is None else f"{',' * keeps} on {self._ranks} ranks"
         left = f"; restarts left: {self._count.restarts_left}" if verdict.is_counted else ""
-        _say(f"{self._describe(end)}starts again {where}{number}{left}")
-        if following != self._ranks:  # it was asked for another number since
-            self._dismiss_next()
+        _say(f"{self._describe(end)}{failed}starts again {where}{number}{left}")
+
+    def _choose_ranks(self, end: End) -> str:
+        """How many the next start has; in words what keeps it from another number.
+
+        Those that stand by take the place of ranks that were stopped for them only: they were ready.
+        """
+        standby, wanted, self._wanted = self._standby, self._wanted, None
+        if end.took_over and not end.has_begun:
+            failed, self._ranks = self._ranks, self._replaced
+            return f"{failed} ranks failed before they began; "
+        if standby is None or standby.ranks != wanted:
+            self._dismiss()
+            self._ranks = wanted or self._ranks
+            return "" if standby is None or wanted else f"{standby.ranks} ranks were not ready yet; "
+        if standby.process.poll() is not None:
+            self._standby = None
+            return f"{standby.ranks} ranks failed before they began; "
+        self._replaced, self._ranks = self._ranks, wanted
+        return ""
 
     def _say_end(self, end: End, verdict: Verdict) -> None:
         if not verdict.reason:
@@ -252,7 +288,7 @@ class Course:
         given = self._command.given_launcher
         options = [] if given is None else ["--mpirun", given]
         options += [] if self._ranks is None else ["-n", str(self._ranks)]
-        options += ["--restarts", str(self._restarts)] if self._restarts else []
+        options += ["--restarts", str(self._restarts)]
         again = shlex.join(
             ["mpidl", "launch", *options, *self._command.program, "train", "--resume", str(self._run_dir)]
         )
@@ -323,7 +359,7 @@ class Course:
         _end(process, first_s=_REMOVAL_S)
 
     def _tidy(self) -> None:
-        self._dismiss_next()
+        self._dismiss()
         self._remove_kept()
         shutil.rmtree(self._ends, ignore_errors=True)
         with contextlib.suppress(OSError):  # a run lies there

@@ -32,6 +32,8 @@ class End:
     """What this process was asked to pass on last."""
     is_resized: bool = False
     """Whether the ranks were stopped to be started in another number."""
+    took_over: bool = False
+    """Whether they were ready before, and took the place of others."""
 
 
 @dataclasses.dataclass
@@ -77,6 +79,8 @@ def judge(end: End, count: Count) -> Verdict:
         return Verdict(False, "")
     if end.asked == signal.SIGINT:
         return Verdict(False, "interrupted", 128 + signal.SIGINT)
+    if end.took_over and not end.has_begun and end.asked is None:
+        return Verdict(True, "", is_counted=False)  # as many as there were before
     if hopeless is not None:
         return Verdict(False, f"not started again after {HOPELESS[hopeless]} (code {hopeless})", hopeless)
     if end.asked is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ def gate(world: World, tmp_path: Path) -> Gate:
 @pytest.mark.parametrize(("word", "goes_on"), [(GO, True), (LEAVE, False)])
 def test_all_ranks_do_what_the_word_says(word: str, goes_on: bool, world: World, gate: Gate) -> None:
     def say() -> None:
-        while not gate.is_ready():
-            pass
+        deadline = time.monotonic() + 30.0
+        while not gate.is_ready() and time.monotonic() < deadline:
+            time.sleep(0.01)
         gate.say(word)
 
     if world.rank == 0:
         gate.path.parent.mkdir()
-        speaker = threading.Thread(target=say)
+        speaker = threading.Thread(target=say, daemon=True)
         speaker.start()
     assert wait(world, gate) == goes_on
     if world.rank == 0:

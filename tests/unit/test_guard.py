@@ -21,8 +21,10 @@ RANK = "import os, sys; from mpidl import guard; guard.begin(); guard.tell(rank=
         ("guard.tell(size=3, has_said=1)", 3, False),
         ("guard.tell(size=3)", 0, False),
         ("guard.tell()", 2, False),
+        ("guard.tell(size=3, is_standby=True)", 3, False),
+        ("guard.tell(size=3, run_dir=sys.argv[1], is_standby=True); guard.tell(is_standby=False)", 3, True),
     ],
-    ids=["without a word", "said why", "in peace", "before there were ranks"],
+    ids=["without a word", "said why", "in peace", "before there were ranks", "standing by", "no more"],
 )
 def test_a_rank_that_leaves_with_an_error_and_does_not_say_why_is_named(
     told: str, code: int, is_printed: bool, tmp_path: Path

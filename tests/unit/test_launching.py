@@ -38,6 +38,8 @@ NEXT = (
     'cat "$gate.word" >>"$lines.words"; echo >>"$lines.words"; grep -q go "$gate.word" || exit 0; '
 )
 """As ranks do that get ready beside others."""
+NEVER = 'touch "$lines.2"; while :; do sleep 0.05; done'
+"""As those that do not get so far."""
 
 
 @pytest.fixture
@@ -222,52 +224,85 @@ def test_under_srun_ranks_stop_before_others_start(tmp_path: Path, launcher: Lau
 def test_training_goes_on_where_other_ranks_do_not_start(
     launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    end = """echo '{"rank": 2, "host": "node07", "process": 5, "code": -9}' >"$run/ends/rank-00002.json"; exit 9"""
-    wait = f"""{BEGIN} trap 'exit 5' USR1; {ask(5)} while [ ! -e "$run/ends/rank-00002.json" ]; do sleep 0.05; done
-        while [ -e "$run/ends/rank-00002.json" ]; do sleep 0.05; done; {CHECKPOINT} {LOSE}"""
-    assert launched(launcher(wait, end, FINISH), run_dir, "--restarts", "1") == 0
+    wait = f"""{BEGIN} trap 'exit 5' USR1; {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done
+        sleep 0.5; {CHECKPOINT} {LOSE}"""
+    assert launched(launcher(wait, 'touch "$lines.2"; exit 9', FINISH), run_dir, "--restarts", "1") == 0
     told = capfd.readouterr().err
     assert "5 ranks did not start (code 9); nothing is changed, training goes on" in told
     assert "lost rank 2 on node07; starts again from epoch-000001 on 3 ranks; restarts left: 0" in told
     assert len(lines(tmp_path)) == 3
 
 
-def test_ranks_that_get_ready_for_a_training_that_ends_leave(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
-    late = NEXT.replace("touch", "while [ ! -e $run/FINISHED ]; do sleep 0.05; done; touch", 1)
-    wait = f"""{BEGIN} {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; {FINISH}"""
-    assert launched(launcher(wait, 'touch "$lines.2"; ' + late + "exit 5"), run_dir) == 0
+def test_ranks_that_are_ready_for_a_training_that_ends_leave(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    wait = f"""{BEGIN} trap '{FINISH}; exit 0' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    assert launched(launcher(wait, NEXT + "exit 5"), run_dir) == 0
     assert words(tmp_path) == ["leave"]
 
 
-def test_the_last_number_asked_for_counts(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
-    never = NEXT.replace('touch "$gate.ready"', 'touch "$lines.2"', 1)
+@pytest.mark.parametrize(("number", "told"), [(2, "2 ranks get ready"), (3, "RANKS says 3, as many as there are")])
+def test_another_number_replaces_the_one_before(
+    number: int, told: str, launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done
-        {ask(2)} while :; do sleep 0.05; done"""
-    assert launched(launcher(wait, never, NEXT + FINISH), run_dir) == 0
-    assert words(tmp_path) == ["leave", "go"]
-    assert lines(tmp_path)[2].startswith("-n 2 ")
+        {ask(number)} while [ -e "$run/RANKS" ] || [ {number} = 2 ]; do sleep 0.05; done; {FINISH}"""
+    assert launched(launcher(wait, NEVER, NEXT + FINISH), run_dir) == 0
+    assert told in capfd.readouterr().err
+    assert [line[:4] for line in lines(tmp_path)] == ["-n 3", "-n 5", "-n 2"][: 3 if number == 2 else 2]
 
 
-def test_a_number_taken_back_changes_nothing(
+def test_the_same_number_again_starts_nothing_anew(
     launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    never = NEXT.replace('touch "$gate.ready"', 'touch "$lines.2"', 1)
-    wait = f"""{BEGIN} trap 'exit 5' USR1; {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done
-        {ask(3)} while [ -e "$run/RANKS" ]; do sleep 0.05; done; {FINISH}"""
-    assert launched(launcher(wait, never), run_dir) == 0
-    assert words(tmp_path) == ["leave"]
-    assert "RANKS says 3, as many as there are; nothing is changed" in capfd.readouterr().err
+    late = f'{ask(5)} while [ -e "$run/RANKS" ]; do sleep 0.05; done; {NEXT}'
+    wait = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    assert launched(launcher(wait, late + FINISH), run_dir) == 0
+    assert "5 ranks get ready already" in capfd.readouterr().err
+    assert len(lines(tmp_path)) == 2
 
 
-def test_ranks_that_get_ready_take_the_place_of_lost_ones(
+def test_a_loss_while_others_are_not_ready_yet_starts_as_many_as_before(
     launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    late = 'touch "$lines.2"; while [ ! -e "$lines.3" ]; do sleep 0.05; done; ' + NEXT
-    wait = f"""{BEGIN} {CHECKPOINT} {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; touch "$lines.3"; {LOSE}"""
-    assert launched(launcher(wait, late + FINISH), run_dir, "--restarts", "1") == 0
+    wait = f"""{BEGIN} {CHECKPOINT} {ask(5)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; {LOSE}"""
+    assert launched(launcher(wait, NEVER, FINISH), run_dir, "--restarts", "1") == 0
     told = capfd.readouterr().err
-    assert "starts again from epoch-000001 on 5 ranks" in told
-    assert words(tmp_path) == ["go"]
+    assert "lost rank 2 on node07; 5 ranks were not ready yet; starts again from epoch-000001 on 3 ranks" in told
+    assert lines(tmp_path)[2].startswith("-n 3 ")
+
+
+@pytest.mark.parametrize("when", ["before the word", "after the word"])
+def test_where_ranks_that_were_ready_fail_as_many_as_before_start_again(
+    when: str, launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ready = 'for gate; do :; done; touch "$gate.ready"; '
+    last = f"""while [ -e "$lines.2" ]; do sleep 0.05; done; sleep 0.3; {CHECKPOINT} exit {STOPPED}"""
+    wait = f"""{BEGIN} touch "$lines.2"; trap '{last}' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    # It leaves when the others have been asked to stop, which is when the launch has seen that it is ready.
+    dies = ready + 'sleep 1; rm "$lines.2"; exit 9' if when == "before the word" else f"{NEXT} exit 9"
+    if when == "after the word":
+        wait = wait.replace('touch "$lines.2"; ', "")
+    assert launched(launcher(wait, dies, FINISH), run_dir, "--restarts", "0") == 0
+    told = capfd.readouterr().err
+    assert "5 ranks failed before they began; starts again from epoch-000001 on 3 ranks\n" in told
+    assert lines(tmp_path)[2].startswith("-n 3 ")
+
+
+def test_training_goes_on_where_the_launcher_is_gone(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait = f"""{BEGIN} rm "$0"; {ask(5)} while [ -e "$run/RANKS" ]; do sleep 0.05; done; sleep 0.3; {FINISH}"""
+    assert launched(launcher(wait), run_dir) == 0
+    assert "5 ranks cannot be started: " in capfd.readouterr().err
+
+
+def test_a_signal_while_others_get_ready_ends_them_too(launcher: Launcher, run_dir: Path, tmp_path: Path) -> None:
+    process = waiting(launcher(f"trap 'exit {STOPPED}' USR1; {BEGIN} while :; do sleep 0.05; done", NEVER), run_dir)
+    (run_dir / "RANKS").write_text("5")
+    wait_for(tmp_path / "lines.2")
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == STOPPED, told
+    assert not (run_dir / "ends").exists()
 
 
 def ask(ranks: int) -> str:
