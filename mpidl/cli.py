@@ -7,9 +7,11 @@ when it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -146,30 +148,30 @@ def train(parsed: argparse.Namespace) -> int:
     signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job, runtime
+    from mpidl.occupation import occupy
 
     if parsed.standby is not None:
         if not standby.wait(world, standby.Gate(Path(parsed.standby))):
             return 0
         guard.tell(is_standby=False)
-    run_dir, give_back = None, None
+    run_dir, gives_back = None, contextlib.ExitStack()
     with world.agreed("making the run directory"):
         if world.rank == 0 and parsed.resume:
             run_dir = Path(parsed.resume)
-            give_back = job.reopen_run_dir(config, run_dir)
+            gives_back.callback(occupy(run_dir))
+            gives_back.callback(job.reopen_run_dir(config, run_dir))
         elif world.rank == 0:
             name = Path(parsed.replay).name if parsed.replay else _run_name(parsed.job, config.data)
             run_dir = job.claim_run_dir(config, name)
-            give_back = functools.partial(job.release_run_dir, run_dir)
+            gives_back.callback(job.release_run_dir, run_dir)
+            gives_back.callback(occupy(run_dir))
     run_dir = world.broadcast_object(run_dir)
     guard.tell(run_dir=str(run_dir))
-    try:
+    with gives_back:
         runtime.check_shared(world, run_dir)
         trainer, train_set, validation_set = job.build_trainer(config, run_dir=run_dir)
         resume, replay = bool(parsed.resume), parsed.replay
         trainer.fit(train_set, validation_set, epochs=config.epochs, resume=resume, replay=replay)
-    finally:
-        if give_back is not None:
-            give_back()
     return STOPPED if trainer.stopped else 0
 
 
@@ -194,7 +196,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     from mpidl import job
     from mpidl.telemetry import Console, tables
 
-    trainer, _, validation_set = job.build_trainer(config)
+    trainer, _, validation_set = job.build_trainer(replace(config, trace=0, tensorboard=False))
     if validation_set is None:
         raise ConfigError(f"the data set {config.data} has no validation samples to evaluate on")
     weights = trainer.load(parsed.weights or parsed.run_dir)

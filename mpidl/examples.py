@@ -50,6 +50,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "completion": (
         ("in ~/.bashrc", 'eval "$(mpidl completion bash)"'),
         ("in ~/.zshrc, after compinit", 'eval "$(mpidl completion zsh)"'),
+        ("once, for tcsh, with `source ~/.mpidl.tcsh` in ~/.tcshrc", "mpidl completion tcsh > ~/.mpidl.tcsh"),
         ("once, for fish", "mpidl completion fish > ~/.config/fish/completions/mpidl.fish"),
     ),
     "bench": (

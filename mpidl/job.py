@@ -240,6 +240,8 @@ def claim_run_dir(config: Config, name: str) -> Path:
 
 def _claim(config: Config, path: Path) -> bool:
     """Take the directory by creating its configuration file, which only one job can do."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is no folder; give another --run-dir")
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any((path / name).exists() for name in _RUN_ENTRIES):

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +67,11 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
 
     Raises:
         LaunchError: called on a rank of an MPI job, or no mpirun, or the time is over.
-        ConfigError: n is no number of ranks.
+        ConfigError: n is no number of ranks, or function is none.
         RemoteError: a rank failed.
     """
+    if not callable(function):
+        raise ConfigError(f"mpidl.run takes a function and its number of ranks, not {function!r}")
     if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
         raise ConfigError(f"n is {n!r}; it must be a number of ranks, 1 at least")
     if (launched_size() or 1) > 1:
@@ -86,28 +89,58 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
             stderr=subprocess.PIPE,
             text=True,
         )
-        try:
-            printed, errors = process.communicate(timeout=timeout)
-        except BaseException as error:
-            _end(process)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise LaunchError(f"{n} ranks did not end within {timeout} s and were ended") from None
-            raise
-        print(printed, end="")
+        errors = _printed(process, timeout)
+        if errors is None:
+            raise LaunchError(f"{n} ranks did not end within {timeout} s and were ended")
         if process.returncode:
-            raise RemoteError(f"a rank failed (exit code {process.returncode}):\n{errors.strip()}")
+            why = (
+                f":\n{errors.strip()}" if errors.strip() else " and did not say why: it was killed, or left by os._exit"
+            )
+            raise RemoteError(f"a rank failed (exit code {process.returncode}){why}")
         print(errors, end="", file=sys.stderr)
         return [pickle.loads((directory / f"result-{rank}").read_bytes()) for rank in range(n)]
+
+
+def _printed(process: subprocess.Popen[str], timeout: float | None) -> str | None:
+    """Print what ranks print as they do; their standard error when they have ended, None where the time is over."""
+    assert process.stdout is not None
+    errors: list[str] = []
+    collector = threading.Thread(
+        target=lambda stream: errors.append(stream.read()), args=(process.stderr,), daemon=True
+    )
+    is_over = threading.Event()
+
+    def expire() -> None:
+        is_over.set()
+        _end(process)
+
+    timer = threading.Timer(threading.TIMEOUT_MAX if timeout is None else timeout, expire)
+    timer.daemon = True
+    collector.start()
+    timer.start()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        process.wait()
+        collector.join()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        timer.cancel()
+        if is_over.is_set():
+            timer.join()
+    return None if is_over.is_set() else "".join(errors)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End the launcher in a way that lets it end its ranks first, wherever they are."""
     process.terminate()
     try:
-        process.communicate(timeout=_LAUNCHER_ENDS_S)
+        process.wait(_LAUNCHER_ENDS_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def _run_here(directory: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -162,6 +163,17 @@ def test_a_run_s_plans_are_shown_and_repeated_to_the_bits(trained: tuple[Path, C
 
 
 # --- evaluate, export -------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_records_nothing_of_what_the_run_did(trained: tuple[Path, Completed], tmp_path: Path) -> None:
+    run_dir = shutil.copytree(trained[0], tmp_path / "run")
+    config = (run_dir / "config.toml").read_text()
+    recording = config.replace("trace = 0", "trace = 2").replace("tensorboard = false", "tensorboard = true")
+    assert recording.count("trace = 2") == recording.count("tensorboard = true") == 1
+    (run_dir / "config.toml").write_text(recording)
+    before = sorted(run_dir.rglob("*"))
+    mpidl_on(1, "evaluate", str(run_dir)).check()
+    assert sorted(run_dir.rglob("*")) == before
 
 
 def test_evaluate_gives_the_validations_of_the_training(trained: tuple[Path, Completed], tmp_path: Path) -> None:

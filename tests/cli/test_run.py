@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import mpidl
 from mpidl.errors import ConfigError
 from tests.cli.processes import Watched
-from tests.launch import launch, run
+from tests.launch import is_open_mpi, launch, run
 
 # What a user would write in a notebook: __main__ holds the function, a class and a value that it closes over.
 RESULTS = """
@@ -74,6 +75,35 @@ for function, timeout in ((failing, None), (endless, 10.0), (within, None)):
 """
 
 
+# A rank that leaves without a word, and one that prints and then waits for whoever has read it.
+SILENT = """
+import os
+import mpidl
+
+def leaving():
+    mpidl.init()
+    os._exit(3)
+
+try:
+    mpidl.run(leaving, n=2)
+except mpidl.errors.LaunchError as error:
+    print(error)
+"""
+PRINTING = """
+import pathlib, time
+import mpidl
+
+def work():
+    print("first", flush=True)
+    deadline = time.monotonic() + 60.0
+    while not pathlib.Path("read").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return pathlib.Path("read").exists()
+
+assert mpidl.run(work, n=1) == [True]
+"""
+
+
 def script(folder: Path, text: str) -> list[str]:
     """The script lies elsewhere and runs there: ranks find what it finds."""
     (folder / "script.py").write_text(text)
@@ -98,6 +128,27 @@ def test_a_failure_or_too_long_a_run_ends_all_ranks_and_is_raised(tmp_path: Path
     assert "2 ranks did not end within 10.0 s" in ended.stdout
     assert "cannot be called under mpirun" in ended.stdout.partition("within RemoteError")[2]
     watched.check_nothing_is_left(ended)
+
+
+def test_a_rank_that_left_without_a_word_is_told_as_that(tmp_path: Path) -> None:
+    ended = run(script(tmp_path, SILENT), cwd=tmp_path).check()
+    assert "a rank failed (exit code " in ended.stdout, ended.output
+    if not is_open_mpi():  # whose launcher says it at length
+        assert "and did not say why: it was killed, or left by os._exit" in ended.stdout, ended.output
+
+
+def test_what_ranks_print_is_seen_while_they_run(tmp_path: Path) -> None:
+    process = subprocess.Popen(script(tmp_path, PRINTING), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first\n"
+    (tmp_path / "read").touch()
+    process.communicate(timeout=60.0)
+    assert process.returncode == 0
+
+
+def test_what_is_no_function_is_refused() -> None:
+    with pytest.raises(ConfigError, match="takes a function and its number of ranks, not 3"):
+        mpidl.run(3, n=2)  # type: ignore[arg-type]
 
 
 def test_run_is_refused_under_mpirun(tmp_path: Path) -> None:

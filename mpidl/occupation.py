@@ -1,0 +1,83 @@
+"""One job at a time trains in a run directory: whoever trains there holds a lock on its file LOCK.
+
+Rank 0 takes it before it writes anything, and holds it until the job ends; the system gives it back where the rank is
+killed, so no lock is left behind, only the file. A job that finds it taken waits: a job that is being ended, or whose
+node the file system has lost sight of, needs a while. Nobody is kept out where the file system has no locks, or where
+rank 0 was lost and others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mpidl.errors import ConfigError
+from mpidl.runtime import signals, warn
+
+LOCK_FILE = "LOCK"
+PATIENCE_S = 120.0
+"""How long a job waits for another one to leave."""
+_SAYS_AFTER_S = 2.0
+_LOOK_S = 0.1
+
+
+def occupy(run_dir: Path, patience_s: float = PATIENCE_S) -> Callable[[], None]:
+    """Keep other jobs out of a run directory; for rank 0.
+
+    Args:
+        run_dir: which is there.
+        patience_s: how long to wait for another job's end.
+
+    Returns:
+        To be called when the job ends.
+
+    Raises:
+        ConfigError: another job trains there, and goes on doing so, or the directory cannot be written.
+    """
+    path = run_dir / LOCK_FILE
+    began, has_said = time.monotonic(), False
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the run directory {run_dir}: {error.strerror}; check its permissions"
+            ) from None
+        if _takes(descriptor, path):
+            break
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        waited_s = time.monotonic() - began
+        if waited_s >= patience_s or signals.received() is not None:
+            raise ConfigError(f"another job trains in {run_dir} ({holder}); wait for its end, or end it")
+        if waited_s >= _SAYS_AFTER_S and not has_said:
+            has_said = True
+            warn(f"another job trains in {run_dir} ({holder}); waits up to {patience_s:g} s for its end")
+        time.sleep(_LOOK_S)
+    with contextlib.suppress(OSError):  # a full disk: it is only for the message
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def leave() -> None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+    return leave
+
+
+def _takes(descriptor: int, path: Path) -> bool:
+    """Try to take the lock, which no process inherits, of the file that is there now; yes where there are no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
