@@ -148,31 +148,46 @@ def train(parsed: argparse.Namespace) -> int:
     signals.listen()  # one that comes before the first iteration must not end a single rank
     config, world = _start(lambda: _training_config(parsed))
     from mpidl import job, runtime
-    from mpidl.occupation import occupy
 
     if parsed.standby is not None:
         if not standby.wait(world, standby.Gate(Path(parsed.standby))):
             return 0
         guard.tell(is_standby=False)
     run_dir, gives_back = None, contextlib.ExitStack()
-    with world.agreed("making the run directory"):
-        if world.rank == 0 and parsed.resume:
-            run_dir = Path(parsed.resume)
-            gives_back.callback(occupy(run_dir))
-            gives_back.callback(job.reopen_run_dir(config, run_dir))
-        elif world.rank == 0:
-            name = Path(parsed.replay).name if parsed.replay else _run_name(parsed.job, config.data)
-            run_dir = job.claim_run_dir(config, name)
-            gives_back.callback(job.release_run_dir, run_dir)
-            gives_back.callback(occupy(run_dir))
-    run_dir = world.broadcast_object(run_dir)
-    guard.tell(run_dir=str(run_dir))
     with gives_back:
+        with world.agreed("making the run directory"):
+            if world.rank == 0:
+                run_dir = _open_run_dir(parsed, config, gives_back)
+        run_dir = world.broadcast_object(run_dir)
+        if run_dir is None:
+            return STOPPED
+        guard.tell(run_dir=str(run_dir))
         runtime.check_shared(world, run_dir)
         trainer, train_set, validation_set = job.build_trainer(config, run_dir=run_dir)
         resume, replay = bool(parsed.resume), parsed.replay
         trainer.fit(train_set, validation_set, epochs=config.epochs, resume=resume, replay=replay)
     return STOPPED if trainer.stopped else 0
+
+
+def _open_run_dir(parsed: argparse.Namespace, config: Config, gives_back: contextlib.ExitStack) -> Path | None:
+    """The run directory, made or taken again, for rank 0; None: it is to stop before another job there has ended."""
+    from mpidl import job
+    from mpidl.occupation import occupy
+
+    if parsed.resume:
+        run_dir = Path(parsed.resume)
+        leave = occupy(run_dir)
+        if leave is not None:
+            gives_back.callback(leave)
+            gives_back.callback(job.reopen_run_dir(config, run_dir))
+    else:
+        name = Path(parsed.replay).name if parsed.replay else _run_name(parsed.job, config.data)
+        run_dir = job.claim_run_dir(config, name)
+        gives_back.callback(job.release_run_dir, run_dir)
+        leave = occupy(run_dir)
+        if leave is not None:
+            gives_back.callback(leave)
+    return None if leave is None else run_dir
 
 
 def launch(parsed: argparse.Namespace) -> int:

@@ -47,6 +47,12 @@ class LaunchError(UserError):
     """The launcher, the MPI library and the ranks do not fit together."""
 
 
+class OccupiedError(UserError):
+    """Another job trains in the run directory. Exit code 4: a later start may find it free."""
+
+    exit_code = 4
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing or damaged; or it cannot be written, at any time.
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mpidl.errors import ConfigError
+from mpidl.errors import ConfigError, OccupiedError
 from mpidl.runtime import signals, warn
 
 LOCK_FILE = "LOCK"
@@ -25,22 +25,26 @@ PATIENCE_S = 120.0
 """How long a job waits for another one to leave."""
 _SAYS_AFTER_S = 2.0
 _LOOK_S = 0.1
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system says that has none."""
 
 
-def occupy(run_dir: Path, patience_s: float = PATIENCE_S) -> Callable[[], None]:
+def occupy(run_dir: Path, name: str = LOCK_FILE, patience_s: float = PATIENCE_S) -> Callable[[], None] | None:
     """Keep other jobs out of a run directory; for rank 0.
 
     Args:
         run_dir: which is there.
+        name: of the file.
         patience_s: how long to wait for another job's end.
 
     Returns:
-        To be called when the job ends.
+        To be called when the job ends; None: a signal to stop came first.
 
     Raises:
-        ConfigError: another job trains there, and goes on doing so, or the directory cannot be written.
+        OccupiedError: another job trains there, and goes on doing so.
+        ConfigError: the directory cannot be written.
     """
-    path = run_dir / LOCK_FILE
+    path = run_dir / name
     began, has_said = time.monotonic(), False
     while True:
         try:
@@ -53,9 +57,14 @@ def occupy(run_dir: Path, patience_s: float = PATIENCE_S) -> Callable[[], None]:
             break
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
+        if signals.received() is not None:
+            return None
         waited_s = time.monotonic() - began
-        if waited_s >= patience_s or signals.received() is not None:
-            raise ConfigError(f"another job trains in {run_dir} ({holder}); wait for its end, or end it")
+        if waited_s >= patience_s:
+            raise OccupiedError(
+                f"another job trains in {run_dir} ({holder}); wait for its end, or end it; where it is gone remove "
+                f"{path}"
+            )
         if waited_s >= _SAYS_AFTER_S and not has_said:
             has_said = True
             warn(f"another job trains in {run_dir} ({holder}); waits up to {patience_s:g} s for its end")
@@ -65,7 +74,7 @@ def occupy(run_dir: Path, patience_s: float = PATIENCE_S) -> Callable[[], None]:
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
     def leave() -> None:
-        with contextlib.suppress(OSError):
+        if _is(descriptor, path):
             path.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -77,7 +86,12 @@ def _takes(descriptor: int, path: Path) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return error.errno in _NO_LOCKS
+    return _is(descriptor, path)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that is there now."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -3,18 +3,19 @@
 `mpidl launch` starts them while the others train (`launching/course.py`), with a gate in their command line, two files
 in the run directory's folder `ends`:
 
-1. *ready*: each new rank has started MPI and loaded what a training needs, torch above all; it touches nothing that is
-   the training's. When all have, their rank 0 makes the gate's first file.
+1. *ready*: each new rank has started MPI and loaded torch and mpidl; data and model come later. It touches nothing
+   that is the training's. When all have, their rank 0 makes the gate's first file.
 2. `mpidl launch` stops the others, which write a checkpoint and leave, and judges how they have ended.
 3. *word*: it makes the second file. Rank 0 reads it and sends it on: GO, and they go on from the checkpoint, as every
    resumed training does; LEAVE, where there is nothing to go on with, and they end well.
 
 Waiting ranks sleep, rank 0 between looks at the file, the others between looks at MPI: the cores are the training's.
 
-What if. A rank that gets ready fails: its launcher ends the rest; its guard says nothing of a lost rank, which would be
-the training's; `mpidl launch` says that nothing is changed. It fails after the others have left: the number that was
-there before starts again. A rank of the training is lost, or the training ends: those who stand by are told to leave.
-The word cannot be written: `mpidl launch` ends them. `mpidl launch` is killed: the system ends their launcher, as any.
+What if. A rank that gets ready fails: its launcher ends the rest; its guard says nothing of a lost rank, which would
+be the training's; `mpidl launch` says that nothing is changed. It fails after the others have left, and before it has
+taken the run directory: the number that was there before starts again. It fails later: as every training. A rank of
+the training is lost, or the training ends: those who stand by are told to leave. The word cannot be written: `mpidl
+launch` ends them. `mpidl launch` is killed: the system ends their launcher, as any.
 
 Importing this loads nothing large.
 """

@@ -593,6 +593,8 @@ class Training:
         is_early = done < self._triggers.total_iterations
         reason = "the run that is repeated did" if self._replay else f"end_when says: {self._settings.end_when}"
         message = f"ended early, as {reason}" if is_early else None
+        if not is_early and self._first_iteration == done and self._loss is None:
+            message = "nothing was left to do; with more epochs (--epochs) it goes on"
         self._record_end("finished", message, {**found, "weights": _text(weights)})
         self._keeping.close()
 

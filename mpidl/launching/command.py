@@ -36,10 +36,10 @@ class Command:
     def starts_beside(self) -> bool:
         """Whether the launcher starts ranks where others run.
 
-        Slurm gives a job step's cores to no other step, and other launchers reach an allocation's nodes by srun.
+        Slurm gives a job step's cores to no other step, and other launchers reach an allocation's nodes by srun, too.
         """
         is_srun = any(pathlib.PurePath(word).name == "srun" for word in self.launcher)
-        return not is_srun and os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        return not is_srun and "SLURM_JOB_ID" not in os.environ
 
     def line(
         self,

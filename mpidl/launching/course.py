@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -24,11 +25,14 @@ from mpidl.errors import EXIT_LOST, MALFORMED
 from mpidl.guard import ENDS, die_with_parent, is_loss
 from mpidl.launching.command import Command
 from mpidl.launching.verdict import HOPELESS, STOPPED, Count, End, Verdict, judge
+from mpidl.occupation import occupy
 from mpidl.standby import GO, LEAVE, Gate
 
 RANKS_FILE = "RANKS"
 """The name, in the run directory, of the file with the number of ranks that the training is to go on with."""
 
+LAUNCH_FILE = "LAUNCH"
+"""The name of the file that the one launch in a run directory has a lock on."""
 _MOST_CHARACTERS = 100
 """That are read of it."""
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -73,6 +77,8 @@ class Course:
         self._num_gates = 0
         self._replaced: int | None = None
         """The ranks whose place others took last."""
+        self._leave: Callable[[], None] | None = None
+        """Lets another launch into the run directory."""
         self._restarts = restarts
         self._count = Count(restarts, self._newest())
         self._announced = local_folder.announcement(self._run_dir) if restarts else None
@@ -89,6 +95,7 @@ class Course:
 
     def run(self) -> int:
         """Start until there is an end; the exit code."""
+        self._leave = occupy(self._run_dir, LAUNCH_FILE, patience_s=0.0)
         (self._run_dir / RANKS_FILE).unlink(missing_ok=True)  # of an earlier launch that ended before it saw the file
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         taken = [number for number in _SIGNALS if not (number == signal.SIGHUP and is_nohup)]
@@ -269,7 +276,8 @@ class Course:
         Those that stand by take the place of ranks that were stopped for them only: they were ready.
         """
         standby, wanted, self._wanted = self._standby, self._wanted, None
-        if end.took_over and not end.has_begun:
+        if end.took_over and not end.has_begun and wanted is None:
+            self._dismiss()
             failed, self._ranks = self._ranks, self._replaced
             return f"{failed} ranks failed before they began; "
         if standby is None or standby.ranks != wanted:
@@ -362,6 +370,8 @@ class Course:
         self._dismiss()
         self._remove_kept()
         shutil.rmtree(self._ends, ignore_errors=True)
+        if self._leave is not None:
+            self._leave()
         with contextlib.suppress(OSError):  # a run lies there
             self._run_dir.rmdir()
 

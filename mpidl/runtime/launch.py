@@ -79,7 +79,7 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
     with tempfile.TemporaryDirectory(prefix="mpidl-run-") as name:
         directory = pathlib.Path(name)
         (directory / "function").write_bytes(cloudpickle.dumps((function, args)))
-        command = [mpirun(), "-n", str(n), sys.executable, "-m", "mpidl.runtime.launch", name]
+        command = [mpirun(), "-n", str(n), sys.executable, "-u", "-m", "mpidl.runtime.launch", name]
         environment = {**launch_environment(), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         process = subprocess.Popen(
             command,
@@ -88,6 +88,7 @@ def run(function: Callable[..., Any], n: int = 4, *args: Any, timeout: float | N
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
         )
         errors = _printed(process, timeout)
         if errors is None:
@@ -124,6 +125,7 @@ def _printed(process: subprocess.Popen[str], timeout: float | None) -> str | Non
         process.wait()
         collector.join()
     except BaseException:
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # nobody may wait for a reader
         _end(process)
         raise
     finally:

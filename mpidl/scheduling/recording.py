@@ -73,6 +73,10 @@ class Recording:
             if header is not self.headers[-1] and header.is_free:
                 del recorded["world_size"]  # another number of ranks has computed the same
             for name, value in recorded.items():
+                if value != getattr(self.headers[-1], name):
+                    raise ConfigError(
+                        f"{self.run_dir} was resumed with another {name}; a run can be repeated that had one all along"
+                    )
                 if value != getattr(given, name):
                     raise ConfigError(
                         f"the plans of {self.run_dir} were made for {_described(name, value)}, this run has "

@@ -140,7 +140,9 @@ def test_a_run_resumed_from_its_last_checkpoint_is_left_as_it_is(undisturbed: Pa
     assert weights(run_dir) == weights(undisturbed)
     assert losses(run_dir) == losses(undisturbed)
     assert "finished" in ended.stdout
+    assert "nothing was left to do; with more epochs (--epochs) it goes on" in ended.stdout
     assert all(mpidl.load(run_dir)[name].equal(tensor) for name, tensor in mpidl.load(undisturbed).items())
+    assert "nothing was left" not in train(2, "--resume", str(run_dir), "--epochs", "5").check().stdout
 
 
 def test_without_a_whole_checkpoint_a_resumed_run_starts_over_and_says_so(undisturbed: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ import pathlib, time
 import mpidl
 
 def work():
-    print("first", flush=True)
+    print("first")
     deadline = time.monotonic() + 60.0
     while not pathlib.Path("read").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -38,7 +38,7 @@ NEXT = (
     'cat "$gate.word" >>"$lines.words"; echo >>"$lines.words"; grep -q go "$gate.word" || exit 0; '
 )
 """As ranks do that get ready beside others."""
-NEVER = 'touch "$lines.2"; while :; do sleep 0.05; done'
+NEVER = 'echo $$ >"$lines.new"; mv "$lines.new" "$lines.2"; while :; do sleep 0.05; done'
 """As those that do not get so far."""
 
 
@@ -302,7 +302,31 @@ def test_a_signal_while_others_get_ready_ends_them_too(launcher: Launcher, run_d
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == STOPPED, told
+    assert not Path("/proc", (tmp_path / "lines.2").read_text().strip()).exists(), "ended before its parent has"
     assert not (run_dir / "ends").exists()
+
+
+def test_ranks_that_fail_when_they_are_let_in_are_not_followed_by_others_that_are_not_ready(
+    launcher: Launcher, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = f"""{BEGIN} trap '{CHECKPOINT} exit {STOPPED}' USR1; {ask(5)} while :; do sleep 0.05; done"""
+    second = f"""{NEXT} {ask(8)} while [ ! -e "$lines.2" ]; do sleep 0.05; done; exit 9"""
+    assert launched(launcher(first, second, NEVER, FINISH), run_dir) == 0
+    assert [line[:4] for line in lines(tmp_path)] == ["-n 3", "-n 5", "-n 8", "-n 3"]
+    assert "5 ranks failed before they began; starts again from epoch-000001 on 3 ranks\n" in capfd.readouterr().err
+
+
+def test_a_second_launch_in_a_run_directory_is_refused_and_changes_nothing(launcher: Launcher, run_dir: Path) -> None:
+    process = waiting(launcher(f"trap 'exit {STOPPED}' USR1; {BEGIN} while :; do sleep 0.05; done", FINISH), run_dir)
+    try:
+        words = [sys.executable, "-m", "mpidl", "launch", "mpidl", "train", "--resume", str(run_dir)]
+        second = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert (second.returncode, second.stderr.count("another job trains in")) == (4, 1), second
+        assert (run_dir / "ends").is_dir()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_S)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.toml"]
 
 
 def ask(ranks: int) -> str:

@@ -115,6 +115,15 @@ def test_plans_of_another_run_are_refused(tmp_path: Path) -> None:
     found.check(dataclasses.replace(HEADER, num_nodes=2, epochs=9, mpidl="1"), validates=True)
 
 
+def test_plans_of_a_run_that_went_on_with_another_setting_are_refused(tmp_path: Path) -> None:
+    log = PlanLog(tmp_path, dataclasses.replace(HEADER, clip_norm=5.0))
+    log.write(group(0, 3))
+    log.close()
+    found = read_recording(written(tmp_path, group(3, 2)))
+    with pytest.raises(ConfigError, match="was resumed with another clip_norm; a run can be repeated that had one"):
+        found.check(HEADER, validates=True)
+
+
 @pytest.mark.parametrize("firsts", [(3,), (0, 4), (0, 3, 7)])
 def test_plans_with_holes_are_refused(tmp_path: Path, firsts: tuple[int, ...]) -> None:
     found = read_recording(written(tmp_path, *(group(first, 3) for first in firsts)))
